@@ -1,0 +1,28 @@
+"""Newton-Schulz iteration: the matrix products under every polar factor.
+
+    X <- a X + (b A + c A A) X,    A = X X^T,    for each (a, b, c) of a table
+
+It is an odd polynomial of X, so it acts on each singular value alone and leaves the singular vectors as they
+are: with X = U diag(s) V^T, one step gives U diag(a s + b s^3 + c s^5) V^T.
+"""
+
+import torch
+from torch import Tensor
+
+
+def newton_schulz_reference(X: Tensor, coefficients) -> Tensor:
+    """The iteration on a stack X of shape (K, M, N), M <= N, with singular values at most about 1.
+
+    Each of the three products is accumulated in fp32 and rounded once to X's dtype, as the compiled script of
+    result #17 does; the epilogues b A + ... and a X + ... ride on the product and are not rounded apart.
+    """
+    for a, b, c in coefficients:
+        A = torch.bmm(X, X.mT)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
+    return X
+
+
+def newton_schulz(X: Tensor, coefficients) -> Tensor:
+    """Contract of newton_schulz_reference. Plain PyTorch on every device so far: no fused kernel has been measured."""
+    return newton_schulz_reference(X, coefficients)
