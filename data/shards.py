@@ -1,0 +1,114 @@
+"""What the programs of this folder share: the .bin format, and the making of shards, whole or not at all.
+
+A shard is 256 little-endian int32 (magic number, version, number of tokens, zeros), then its tokens as
+little-endian uint16. A folder holds {prefix}_val_000000.bin, {prefix}_train_000001.bin, ... and a
+manifest.json that says what made them. Format and names are those of modded-nanogpt and llm.c; the
+trainer has a reader of its own.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import struct
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+MAGIC, VERSION = 20240520, 1
+HEADER_BYTES = 256 * 4
+SHARD_TOKENS = 100_000_000  # of the published FineWeb shards
+END_OF_TEXT = 50256  # GPT-2's; it opens a document
+
+
+def check_shard(path: Path) -> int:
+    """The number of tokens of a whole shard; ValueError names the file, what is wrong, what to do."""
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such shard; make or download it")
+    with open(path, "rb") as file:
+        magic, version, count = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
+    size, expected = path.stat().st_size, HEADER_BYTES + 2 * count
+    if size < HEADER_BYTES:
+        wrong = f"its {size} bytes end within the header"
+    elif magic != MAGIC:
+        wrong = f"magic number {magic} where a shard has {MAGIC}"
+    elif version != VERSION:
+        wrong = f"version {version} where this code reads {VERSION}"
+    elif size != expected:
+        wrong = f"{size:,} bytes where the {count:,} tokens of its header need {expected:,}"
+    else:
+        return count
+    raise ValueError(f"{path}: {wrong}; delete it and make or download it again")
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> str:
+    """Writes a uint16 array as a shard, whole or not at all; returns the sha256 of the file."""
+    assert tokens.dtype == np.uint16, "a wider type would wrap silently"
+    raw = struct.pack("<256i", MAGIC, VERSION, len(tokens), *[0] * 253) + tokens.astype("<u2").tobytes()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(raw)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return hashlib.sha256(raw).hexdigest()
+
+
+def cut(documents: Iterable[np.ndarray], shard_tokens: int) -> Iterator[np.ndarray]:
+    """Yields all tokens in shards of shard_tokens; a document may span two, the last may be shorter."""
+    if shard_tokens < 1:
+        raise ValueError(f"a shard of {shard_tokens} tokens: --shard-tokens must be at least 1")
+    shard, filled = np.empty(shard_tokens, np.uint16), 0
+    for tokens in documents:
+        while filled + len(tokens) >= shard_tokens:
+            room = shard_tokens - filled
+            shard[filled:], tokens = tokens[:room], tokens[room:]
+            yield shard
+            shard, filled = np.empty(shard_tokens, np.uint16), 0
+        shard[filled : filled + len(tokens)] = tokens
+        filled += len(tokens)
+    if filled:
+        yield shard[:filled]
+
+
+def make_shards(folder: Path, prefix: str, shards: Iterable[np.ndarray], making: dict) -> str:
+    """Fills folder with shards, the first for validation, and a manifest: `making` and what each holds.
+
+    The folder stays as it was until the last new shard is written. Returns a line that says what was made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=folder) as workshop:
+        made = {}
+        for number, tokens in enumerate(shards):
+            name = f"{prefix}_{'train' if number else 'val'}_{number:06d}.bin"
+            sha256 = write_shard(Path(workshop, name), tokens)
+            documents = int(np.count_nonzero(tokens == END_OF_TEXT))
+            made[name] = {"tokens": len(tokens), "documents": documents, "sha256": sha256}
+        if len(made) < 2:
+            raise ValueError("the text ends within the validation shard; give more, or make that shard smaller")
+        manifest = Path(workshop, "manifest.json")
+        manifest.write_text(json.dumps({**making, "shards": made}, indent=2) + "\n")
+        # The manifest goes first and comes last: a swap cut short must not look like a finished making.
+        (folder / "manifest.json").unlink(missing_ok=True)
+        for name in made:
+            os.replace(Path(workshop, name), folder / name)
+        for stale in set(folder.glob(f"{prefix}_train_*.bin")) - {folder / name for name in made}:
+            stale.unlink()
+        os.replace(manifest, folder / "manifest.json")
+    validation, *training = (shard["tokens"] for shard in made.values())
+    tokens = f"{validation:,} validation and {sum(training):,} training tokens"
+    return f"{folder}: {tokens} in {len(made)} shards"
+
+
+@contextlib.contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Ends the program with one line and exit code 1 where a person, a file or the machine is at fault."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.exit(f"{program}: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(f"{program}: interrupted; nothing half-written is left")

@@ -1,0 +1,440 @@
+"""The programs of data/ against independent readers: numpy's for the format, tiktoken's decoder for the ids."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import cached_fineweb10B
+import fineweb
+import local
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import shards
+import tiktoken
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared"
+EOT = 50256
+ODD_TEXTS = ["plain", "", "\0 a NUL \0", "<|endoftext|> is text", "lone \ud83d surrogate", "naïve 日本 😀\r\n", " " * 999]
+
+
+@pytest.fixture
+def gpt2(monkeypatch):
+    if not (SHARED / "tiktoken_cache").is_dir():
+        pytest.skip("GPT-2's vocabulary is not beside the repository")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+    return tiktoken.get_encoding("gpt2")
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """A folder of 40 texts of some 70 bytes, copies, binaries and hidden files; and the texts that shards may hold."""
+    folder = tmp_path / "texts"
+    (folder / "deep").mkdir(parents=True)
+    (folder / ".hidden").mkdir()
+    wanted = {f"é {hashlib.sha256(bytes([number])).hexdigest()}\r\n".encode() for number in range(40)}
+    for number, raw in enumerate(sorted(wanted)):
+        (folder / ("deep" if number % 2 else ".") / f"{number}.txt").write_bytes(raw)
+        (folder / f"copy {number}.md").write_bytes(raw)
+    unwanted = {"a.bin": b"a\0b", "late.bin": b"a" * 9000 + b"\0", "latin.txt": b"\xe9t\xe9", "empty.py": b""}
+    for name, raw in {**unwanted, ".hidden/x": b"hidden", ".y": b"hidden too"}.items():
+        (folder / name).write_bytes(raw)
+    (folder / "dangling").symlink_to(folder / "nowhere")
+    return folder, wanted
+
+
+def read(folder: Path, part: str = "*") -> np.ndarray:
+    """The tokens of a folder's shards, validation first."""
+    paths = sorted(folder.glob(f"*_{part}_*.bin"), key=lambda path: path.name.split("_")[-1])
+    return np.concatenate([np.fromfile(path, "<u2")[512:] for path in paths])
+
+
+def opened(documents) -> list[int]:
+    return [token for tokens in documents for token in (EOT, *tokens)]
+
+
+def split_documents(tokens: np.ndarray) -> list[list[int]]:
+    assert tokens[0] == EOT
+    return [part[1:].tolist() for part in np.split(tokens, np.flatnonzero(tokens == EOT)[1:])]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def run(program: str, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, f"data/{program}", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+
+
+# ---- shards.py ----
+
+
+def test_a_shard_is_256_int32_and_its_tokens(tmp_path):
+    """Catches another header length, field order or byte order, and a sha256 of something else than the file."""
+    path, tokens = tmp_path / "x.bin", np.array([0, 1, 258, EOT, 65535], np.uint16)
+    sha256 = shards.write_shard(path, tokens)
+    raw = path.read_bytes()
+    assert np.frombuffer(raw[:1024], "<i4").tolist() == [20240520, 1, 5] + [0] * 253
+    assert raw[1024:] == b"\0\0\1\0\2\1" + EOT.to_bytes(2, "little") + b"\xff\xff"
+    assert shards.check_shard(path) == 5
+    assert sha256 == hashlib.sha256(raw).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (lambda raw: None, "no such shard"),
+        (lambda raw: b"", "0 bytes"),
+        (lambda raw: raw[:1000], "1000 bytes end within the header"),
+        (lambda raw: b"\1" + raw[1:], "magic"),
+        (lambda raw: raw[:4] + b"\2" + raw[5:], "version 2"),
+        (lambda raw: raw[:-1], "1,043 bytes where the 10 tokens"),
+        (lambda raw: raw + b"\0\0", "1,046 bytes where the 10 tokens"),
+        (lambda raw: raw[:8] + b"\x0b" + raw[9:], "11 tokens of its header need 1,046"),
+    ],
+)
+def test_a_damaged_shard_is_named_with_fault_and_remedy(tmp_path, damage, fault):
+    """Catches each check of check_shard that is left out, and an error that does not say what to do."""
+    path = tmp_path / "x.bin"
+    shards.write_shard(path, np.arange(10, dtype=np.uint16))
+    raw = damage(path.read_bytes())
+    path.unlink() if raw is None else path.write_bytes(raw)
+    with pytest.raises(ValueError, match=fault) as caught:
+        shards.check_shard(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and "make or download it" in message and "\n" not in message
+
+
+def test_a_failed_write_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    """Catches writing in place, and a temporary file that stays."""
+    path = tmp_path / "x.bin"
+    shards.write_shard(path, np.arange(10, dtype=np.uint16))
+    before = contents(tmp_path)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        shards.write_shard(path, np.arange(20, dtype=np.uint16))
+    assert contents(tmp_path) == before != {}
+
+
+@pytest.mark.parametrize("lengths", [[7], [3, 2, 5], [5, 5], [1] * 12, [0, 23, 0, 4], [5, 0]])
+def test_cutting_loses_and_adds_nothing(lengths):
+    """Catches tokens dropped where a document spans shards, a buffer used twice, and an empty last shard."""
+    tokens = np.arange(sum(lengths), dtype=np.uint16)
+    pieces = list(shards.cut(np.split(tokens, np.cumsum(lengths)[:-1]), 5))
+    assert np.concatenate(pieces).tolist() == tokens.tolist()
+    assert all(len(piece) == 5 for piece in pieces[:-1]) and 1 <= len(pieces[-1]) <= 5
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_old_shards_stay_until_the_new_are_complete(tmp_path, error):
+    """Catches removing or replacing old shards before the last new one is there, and stale ones that outlive it."""
+    make = [np.full(4, number, np.uint16) for number in range(5)]
+    shards.make_shards(tmp_path, "x", make[:4], {})
+    (tmp_path / "notes.bin").write_text("somebody's")
+    before = contents(tmp_path)
+
+    def fails():
+        yield from make[:2]
+        raise error
+
+    with pytest.raises(error):
+        shards.make_shards(tmp_path, "x", fails(), {})
+    with pytest.raises(ValueError, match="ends within the validation shard"):
+        shards.make_shards(tmp_path, "x", make[:1], {})
+    assert contents(tmp_path) == before
+    shards.make_shards(tmp_path, "x", make[3:], {"made": "again"})
+    assert read(tmp_path).tolist() == [3] * 4 + [4] * 4
+    assert set(contents(tmp_path)) == {"x_val_000000.bin", "x_train_000001.bin", "manifest.json", "notes.bin"}
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    sha256 = hashlib.sha256((tmp_path / "x_train_000001.bin").read_bytes()).hexdigest()
+    assert manifest["made"] == "again"
+    assert manifest["shards"]["x_train_000001.bin"] == {"tokens": 4, "documents": 0, "sha256": sha256}
+
+
+# ---- local.py ----
+
+
+def test_byte_ids_are_gpt2s(gpt2):
+    """Catches a byte used as its own id, and another order of the 68 bytes that do not print."""
+    raw = bytes(range(256))
+    first, *ids = local.encode_bytes(raw).tolist()
+    assert first == EOT
+    assert [gpt2.decode_single_token_bytes(token) for token in ids] == [bytes([byte]) for byte in raw]
+
+
+@pytest.mark.parametrize("encoding", ["bytes", "gpt2"])
+def test_local_shards_hold_each_text_once(texts, tmp_path, gpt2, encoding):
+    """Catches a text lost, cut at the split, or on both its sides; a copy, binary, hidden or empty file taken in."""
+    folder, wanted = texts
+    out = folder / "out"  # within the source: a second making must not eat the first one's manifest
+    local.main([str(folder), "--out", str(out), "--encoding", encoding, "--val-tokens", "300", "--shard-tokens", "500"])
+    (out / "manifest.json").touch()
+    local.main([str(folder), "--out", str(out), "--encoding", encoding, "--val-tokens", "350", "--shard-tokens", "500"])
+    validation, training = (split_documents(read(out, part)) for part in ("val", "train"))
+    found = [gpt2.decode_bytes(tokens) for tokens in validation + training]
+    assert sorted(found) == sorted(wanted)
+    held = len(opened(validation))
+    assert held - len(opened(validation[-1:])) <= 350 < held
+    assert len(list(out.glob("local_train_*.bin"))) == -(-len(opened(training)) // 500)
+
+
+def test_the_same_texts_give_the_same_shards(texts, tmp_path, monkeypatch):
+    """Catches an unseeded shuffle, an order taken from the file system, and a path of this machine in the manifest."""
+    folder, _ = texts
+    arguments = ["--encoding", "bytes", "--val-tokens", "300"]
+    local.main([str(folder), "--out", str(tmp_path / "a"), *arguments])
+    walk = os.walk
+
+    def walk_backwards(top):
+        for root, folders, names in walk(top):
+            folders.reverse()
+            yield root, folders, names[::-1]
+
+    monkeypatch.setattr(os, "walk", walk_backwards)
+    moved = tmp_path / "elsewhere" / folder.name
+    shutil.copytree(folder, moved, symlinks=True)
+    local.main([str(moved), "--out", str(tmp_path / "b"), *arguments])
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert str(tmp_path) not in (tmp_path / "a" / "manifest.json").read_text()
+
+
+def test_texts_are_shuffled(texts, tmp_path):
+    """Catches a split in the order of the folder, where validation would be another distribution than training."""
+    folder, wanted = texts
+    local.main([str(folder), "--out", str(tmp_path / "a"), "--encoding", "bytes", "--val-tokens", "1000"])
+    by_bytes = {tuple(local.encode_bytes(raw)[1:].tolist()): number for number, raw in enumerate(sorted(wanted))}
+    order = [by_bytes[tuple(tokens)] for tokens in split_documents(read(tmp_path / "a"))]
+    assert sum(later > earlier for earlier, later in zip(order, order[1:])) < 30
+
+
+def test_whole_shards_of_the_same_making_are_kept(texts, tmp_path, monkeypatch, capsys):
+    """Catches making again what is there, and keeping what is damaged, of other texts or of other arguments."""
+    folder, _ = texts
+    out, makings = tmp_path / "a", []
+    monkeypatch.setattr(local, "make_shards", lambda *rest: makings.append(rest) or shards.make_shards(*rest))
+
+    def made_again(*arguments) -> bool:
+        before = len(makings)
+        local.main([str(folder), "--out", str(out), "--encoding", "bytes", "--val-tokens", "300", *arguments])
+        return len(makings) > before
+
+    assert made_again() and not made_again()
+    assert capsys.readouterr().out.endswith(f"{out}: whole shards of these files are here already\n")
+    assert made_again("--shard-tokens", "700") and made_again()
+    (folder / "0.txt").write_text("changed")
+    assert made_again()
+    shards.write_shard(out / "local_train_000001.bin", np.arange(10, dtype=np.uint16))
+    assert made_again()
+    (out / "local_val_000000.bin").unlink()
+    assert made_again() and not made_again()
+
+
+def test_no_vocabulary_falls_back_to_bytes(texts, tmp_path, monkeypatch, capsys):
+    """Catches a download that hangs the program or ends it, a silent fallback, and one that nobody asked for."""
+    folder, wanted = texts
+    monkeypatch.setattr(local, "VOCABULARY_SECONDS", 0.1)
+    hang, fail = (lambda name: time.sleep(3)), (lambda name: 1 / 0)
+    for get_encoding, reason in ((hang, "it takes too long"), (fail, "ZeroDivisionError")):
+        monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
+        out, start = tmp_path / reason, time.monotonic()
+        local.main([str(folder), "--out", str(out), "--val-tokens", "300"])
+        assert time.monotonic() - start < 2
+        line = capsys.readouterr().out.splitlines()[0]
+        assert line == f"encoding: bytes (GPT-2's vocabulary cannot be loaded: {reason})"
+        assert len(read(out)) == sum(len(raw) + 1 for raw in wanted)
+        with pytest.raises(OSError, match="check the network, or leave --encoding out"):
+            local.main([str(folder), "--out", str(tmp_path / "forced"), "--encoding", "gpt2"])
+    assert not (tmp_path / "forced").exists()
+
+
+def test_the_standard_library_is_the_default(tmp_path, gpt2):
+    """Catches a program that starts only under pytest, and tests, packages or other files among its texts."""
+    first, second = (run("local.py", "--encoding", "bytes", "--out", tmp_path / "a") for _ in range(2))
+    assert (first.returncode, first.stderr) == (0, "") and "already" in second.stdout
+    found = {gpt2.decode_bytes(tokens) for tokens in split_documents(read(tmp_path / "a"))}
+    assert {Path(module.__file__).read_bytes() for module in (json, subprocess, shutil)} <= found
+    listed = [Path(name) for name, _, _ in local.list_files(local.STDLIB, tmp_path).values()]
+    assert all(path.suffix == ".py" for path in listed)
+    assert not any(set(path.parts) & {"test", "tests", "site-packages"} for path in listed)
+    assert len(found) > 400
+
+
+# ---- cached_fineweb10B.py ----
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub whose files are 10 tokens; `calls` are its downloads, `broken` the next ones that arrive damaged."""
+    hub = SimpleNamespace(folder=tmp_path / "fineweb10B", calls=[], broken=0)
+
+    def download(repository, name, *, repo_type, local_dir, force_download=False):
+        assert (repository, repo_type) == ("kjj0/fineweb10B-gpt2", "dataset")
+        hub.calls.append(name)
+        if force_download or not (local_dir / name).exists():  # as the real one: what exists is not looked at
+            shards.write_shard(local_dir / name, np.arange(10, dtype=np.uint16))
+            if hub.broken:
+                hub.broken -= 1
+                (local_dir / name).write_bytes(b"half")
+
+    monkeypatch.setattr(cached_fineweb10B, "FOLDER", hub.folder)
+    monkeypatch.setattr(cached_fineweb10B, "hf_hub_download", download)
+    return hub
+
+
+def test_download_fetches_what_is_not_whole(hub):
+    """Catches a damaged shard taken for whole, a whole one fetched again, and N counted from another number."""
+    names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    cached_fineweb10B.main(["2"])
+    assert hub.calls == names and sorted(contents(hub.folder)) == sorted(names)
+    cached_fineweb10B.main(["2"])
+    assert hub.calls == names
+    (hub.folder / names[1]).write_bytes((hub.folder / names[1]).read_bytes()[:-2])
+    cached_fineweb10B.main(["2"])
+    assert hub.calls == names + names[1:2]
+    assert shards.check_shard(hub.folder / names[1]) == 10
+
+
+def test_a_second_damaged_download_is_an_error(hub):
+    """Catches one damaged transfer that ends the program, and two that pass or go on for ever."""
+    hub.broken = 1
+    cached_fineweb10B.main(["1"])
+    assert len(hub.calls) == 3
+    (hub.folder / "fineweb_train_000001.bin").unlink()
+    hub.broken = 2
+    with pytest.raises(ValueError, match="fineweb_train_000001.bin: its 4 bytes"):
+        cached_fineweb10B.main(["1"])
+    assert len(hub.calls) == 5
+
+
+def test_download_needs_room_and_a_network(hub, monkeypatch):
+    """Catches a disk that fills up half-way, an error of the hub client that escapes, and an N without meaning."""
+    with pytest.raises(ValueError, match="ask for 1 to 103"):
+        cached_fineweb10B.main(["104"])
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 200_001_024 - 1))
+        with pytest.raises(ValueError, match="3 shards need 0.6 GB"):
+            cached_fineweb10B.main(["2"])
+        assert hub.calls == []
+        cached_fineweb10B.main(["1"])
+        cached_fineweb10B.main(["2"])
+    monkeypatch.setattr(cached_fineweb10B, "hf_hub_download", lambda *_, **__: 1 / 0)
+    with pytest.raises(OSError, match=r"fineweb_train_000003.bin cannot be fetched \(division by zero\)"):
+        cached_fineweb10B.main(["3"])
+
+
+# ---- fineweb.py ----
+
+
+def write_texts(folder: Path) -> tuple[list[Path], list[str]]:
+    """The odd texts in each kind of file, and the texts in their order. Only JSON can hold a lone surrogate."""
+    storable = [text.replace("\ud83d", "?") for text in ODD_TEXTS]
+    paths = [folder / name for name in ("a.jsonl", "b.parquet", "c.txt")]
+    paths[0].write_text("".join(json.dumps({"id": 1, "text": text}) + "\n" for text in ODD_TEXTS))
+    table = pyarrow.table({"id": range(len(storable)), "text": storable})
+    pyarrow.parquet.write_table(table, paths[1], row_group_size=3)
+    paths[2].write_bytes(storable[5].encode())
+    return paths, ODD_TEXTS + storable + [storable[5]]
+
+
+def test_odd_text_survives_in_order(tmp_path, gpt2, monkeypatch):
+    """Catches lost or reordered documents, special tokens made from text, translated newlines, a crash on odd text."""
+    monkeypatch.setattr(fineweb, "BATCH_CHARACTERS", 10)
+    paths, texts = write_texts(tmp_path)
+    fineweb.main([*map(str, paths), "--out", str(tmp_path / "out"), "--shard-tokens", "1000"])
+    tokens = read(tmp_path / "out")
+    found = [gpt2.decode_bytes(document) for document in split_documents(tokens)]
+    assert found == [text.replace("\ud83d", "\ufffd").encode() for text in texts]
+    assert tokens.tolist() == opened(gpt2.encode(text, disallowed_special=()) for text in texts)
+    assert shards.check_shard(tmp_path / "out" / "fineweb_val_000000.bin") == 1000
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["files"] == ["a.jsonl", "b.parquet", "c.txt"]
+    assert manifest["versions"]["tiktoken"] == tiktoken.__version__
+
+
+def test_fineweb_comes_from_one_revision_in_order(tmp_path, gpt2, monkeypatch):
+    """Catches files taken in the order of the listing, from a revision that may move, or from another folder."""
+    for name in ("000", "001"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": [f"file {name}"]}), tmp_path / f"{name}.parquet")
+    entries = [SimpleNamespace(path=f"sample/10BT/{name}.parquet", size=9) for name in ("001", "000")]
+
+    class Api:
+        def dataset_info(self, repository):
+            return SimpleNamespace(sha="abc")
+
+        def list_repo_tree(self, repository, folder, *, repo_type, revision):
+            assert (repository, folder, repo_type, revision) == (
+                "HuggingFaceFW/fineweb", "sample/10BT", "dataset", "abc")  # fmt: skip
+            return iter(entries)
+
+    def download(repository, name, *, repo_type, revision):
+        assert (repository, repo_type, revision) == ("HuggingFaceFW/fineweb", "dataset", "abc")
+        return str(tmp_path / Path(name).name)
+
+    monkeypatch.setattr(fineweb, "HfApi", Api)
+    monkeypatch.setattr(fineweb, "hf_hub_download", download)
+    fineweb.main(["--out", str(tmp_path / "out"), "--shard-tokens", "3"])
+    assert read(tmp_path / "out").tolist() == opened(gpt2.encode(f"file {name}") for name in ("000", "001"))
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["revision"] == "abc"
+
+
+def test_fineweb_sample_decodes_to_itself(tmp_path, gpt2, monkeypatch):
+    """Catches batches that are lost, doubled or reordered between the workers, on real text of 500 batches."""
+    monkeypatch.setattr(fineweb, "BATCH_CHARACTERS", 2000)
+    sample = SHARED / "fineweb_sample" / "fineweb_sample.txt"
+    if not sample.exists():
+        pytest.skip("the FineWeb sample is not beside the repository")
+    lines = sample.read_bytes().decode().splitlines(keepends=True)
+    source = tmp_path / "lines.jsonl"
+    source.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    fineweb.main([str(source), "--out", str(tmp_path / "out"), "--shard-tokens", "100000"])
+    tokens = read(tmp_path / "out")
+    assert gpt2.decode(tokens[tokens != EOT]) == "".join(lines)
+    assert np.count_nonzero(tokens == EOT) == len(lines)
+
+
+# ---- all of them ----
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        ("local.py", ["{tmp}/nowhere"], "there is no such folder"),
+        ("local.py", ["{tmp}", "--encoding", "bytes"], "ends within the validation shard"),
+        ("fineweb.py", ["{tmp}/nowhere.txt"], "No such file"),
+        ("fineweb.py", ["{tmp}/table.csv"], "give .parquet, .jsonl, .txt files"),
+        ("fineweb.py", ["{tmp}/bad.jsonl"], "no text after 1 good documents"),
+        ("fineweb.py", ["{tmp}/null.parquet"], "no text after 1 good documents"),
+        ("fineweb.py", ["{tmp}/good.txt", "--shard-tokens", "0"], "at least 1"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, gpt2, program, arguments, message):
+    """Catches a traceback, an exit code of 0, a hang, and half-written files where the input is at fault."""
+    (tmp_path / "good.txt").write_text("text")
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"no": "text"}\n')
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["good", None]}), tmp_path / "null.parquet")
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    result = run(program, *arguments, "--out", tmp_path / "out")
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"data/{program}: ") and result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists() or not contents(tmp_path / "out")
+
+
+def test_an_interrupt_is_one_line():
+    """Catches a traceback at Ctrl-C, and messages of several lines."""
+    for error, message in ((KeyboardInterrupt(), "interrupted"), (OSError("two\nlines"), "two lines")):
+        with pytest.raises(SystemExit, match=f"^data/x.py: {message}"), shards.one_line_errors("data/x.py"):
+            raise error
