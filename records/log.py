@@ -1,0 +1,153 @@
+"""A log: the program that ran, a line of `=`, facts, that line again, then one curve a trial.
+
+Reads this project's logs and upstream's (track 3).
+"""
+
+import glob
+import re
+import sys
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+
+from records.program import parse
+
+SEPARATOR = re.compile(rb"^={50,}\r?$\n?", re.MULTILINE)
+# The space that must follow a loss rejects one whose digits are cut off by the end of the file.
+LINE = re.compile(
+    r"""^(?: (?:Using\ )?seed[:=]\ ?(?P<seed>\d+)$
+        | failed:\ (?P<failed>.+)
+        | step:(?P<step>\d+)/(?P<train_steps>\d+)\ (?:.*\ )?
+          val_loss:(?P<loss>-?(?:nan|inf|\d+(?:\.\d+)?))(?=\s)
+          (?:.*\ train_time:(?P<time>\d+(?:\.\d+)?)(?P<unit>ms|s)\b)? )""",
+    re.MULTILINE | re.VERBOSE,
+)
+
+
+@dataclass
+class Trial:
+    """One run of the program from step 0."""
+
+    name: str = ""  # the log's path, and which of its trials where it has several
+    seed: int | None = None  # None where the log does not tell
+    losses: dict[int, float] = field(default_factory=dict)  # step -> val_loss
+    train_steps: int = 0  # length of the schedule
+    train_time: float | None = None  # seconds, at the last evaluation
+    failed: str | None = None  # the reason that the program gave
+
+    @property
+    def last_step(self) -> int:
+        return max(self.losses, default=0)
+
+    @property
+    def complete(self) -> bool:
+        """Whether it was evaluated at the end of its schedule."""
+        return self.last_step == self.train_steps > 0
+
+    @property
+    def fault(self) -> str | None:
+        """Why its losses cannot be used, or None."""
+        if self.failed:
+            return f"failed: {self.failed}"
+        bad = [step for step, loss in self.losses.items() if not isfinite(loss)]
+        return f"val_loss is {self.losses[bad[0]]} at step {bad[0]}" if bad else None
+
+
+@dataclass
+class Log:
+    path: str
+    source: bytes  # byte for byte, so that its hash is that of the program that ran
+    facts: dict[str, list[str]]  # some names recur, one line a shard
+    trials: list[Trial]
+
+
+def read(path: Path | str) -> Log:
+    """The log at `path`; ValueError says why a file is none."""
+    source, *rest = SEPARATOR.split(Path(path).read_bytes(), maxsplit=2)
+    if not rest:
+        raise ValueError(f"{path} is no log: it has no line of =")
+    try:
+        parse(source)
+    except ValueError as error:
+        raise ValueError(f"{path} is no log: no program before its line of = ({error})") from None
+    # A program that died between the two lines of = leaves one.
+    *facts, body = (part.decode(errors="replace").replace("\r\n", "\n") for part in rest)
+    return Log(str(path), source, read_facts("".join(facts)), read_trials(str(path), body))
+
+
+def read_facts(text: str) -> dict[str, list[str]]:
+    facts = {}
+    for line in text.splitlines():
+        name, colon, value = line.partition(": ")
+        if colon:
+            facts.setdefault(name, []).append(value)
+    return facts
+
+
+def read_trials(path: str, body: str) -> list[Trial]:
+    """The trials of a log's last part: at least one, without losses where it died before any."""
+    trials = [Trial()]
+    for line in LINE.finditer(body):
+        trial, step = trials[-1], int(line["step"] or 0)
+        # Upstream tells trials apart by nothing but a step that falls back.
+        restarts = line["step"] and trial.losses and step <= trial.last_step
+        if trial != Trial() and (line["seed"] or restarts):
+            trials.append(trial := Trial())
+        if line["seed"]:
+            trial.seed = int(line["seed"])
+        elif line["failed"]:
+            trial.failed = line["failed"]
+        else:
+            trial.losses[step] = float(line["loss"])
+            trial.train_steps = int(line["train_steps"])
+            if line["time"]:
+                trial.train_time = float(line["time"]) / (1000 if line["unit"] == "ms" else 1)
+    for k, trial in enumerate(trials, 1):
+        trial.name = path if len(trials) == 1 else f"{path} trial {k}"
+    return trials
+
+
+def expand(names: list[str]) -> list[Path]:
+    """The files that `names` mean: files, globs, and folders with every .txt below them."""
+    paths = []
+    for name in names:
+        found = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))
+        if not found:
+            raise ValueError(f"{name}: no such file or folder")
+        for path in map(Path, found):
+            paths += sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    return list(dict.fromkeys(paths))
+
+
+def load(names: list[str]) -> list[Log]:
+    """The logs that `names` mean, every curve once; stderr names what is left out.
+
+    ValueError where no log is left.
+    """
+    logs, skipped = [], []
+    for path in expand(names):
+        try:
+            logs.append(read(path))
+        except ValueError as error:
+            skipped.append(str(error))
+    if not logs:
+        others = f" (nor are {len(skipped) - 1} other files)" if len(skipped) > 1 else ""
+        raise ValueError(skipped[0] + others if skipped else f"no .txt in {' '.join(names)}")
+    for reason in skipped:
+        print(f"skipped: {reason}", file=sys.stderr)
+    drop_repeats(logs)
+    return logs
+
+
+def drop_repeats(logs: list[Log]) -> None:
+    """Keep every curve once: a copied log, or a seed run twice, is not more evidence."""
+    first: dict[str, Trial] = {}
+    for log in logs:
+        for trial in list(log.trials):
+            # Step 0 is alike in all runs, and one loss of five digits may repeat by chance.
+            if len(trial.losses) < 3:
+                continue
+            original = first.setdefault(str(trial.losses), trial)
+            if original is not trial:
+                log.trials.remove(trial)
+                print(f"dropped: {trial.name} repeats {original.name}", file=sys.stderr)
