@@ -1,0 +1,47 @@
+"""A small corpus and a small run, shared by the tests of the trainer."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EOT = 50256
+
+
+def write_shard(path: Path, tokens, magic=20240520, version=1, count=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Two training shards and a validation shard of a text that is easy to learn: sentences over twelve words."""
+    folder = tmp_path_factory.mktemp("corpus")
+    random = np.random.default_rng(0)
+    words = random.integers(0, 400, (12, 5))
+    text = np.concatenate([np.append(EOT, words[random.integers(0, 12, 40)]) for _ in range(150)])
+    write_shard(folder / "val_000000.bin", text[:3000])
+    write_shard(folder / "train_000001.bin", text[3000:13000])
+    write_shard(folder / "train_000002.bin", text[13000:])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(corpus) -> list[str]:
+    """Overrides for a run of seconds: 8 sequences of 32 tokens a step, 2 layers of width 32."""
+    return [f"train_files={corpus}/train_*.bin", f"val_files={corpus}/val_*.bin", "batch_tokens=256",
+            "sequence_length=32", "val_tokens=512", "micro_batch=2", "vocab_size=50304", "num_layers=2",
+            "model_dim=32", "head_dim=16", "train_steps=40", "val_every=10", "val_every_late=2", "target_loss=5"]
+
+
+def start(words: list[str], folder: Path, script: Path = ROOT / "train_gpt.py", processes: int = 0, **environment):
+    """Run the trainer in a folder: alone, or as a number of processes under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("TORCH", "RANK", "WORLD", "LOCAL_", "MASTER"))}
+    return subprocess.run([sys.executable, *launcher, str(script), *words], cwd=folder, text=True, capture_output=True,
+                          env=clean | {"OMP_NUM_THREADS": "1"} | environment)

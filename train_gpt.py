@@ -1,0 +1,611 @@
+"""GPT-2 small on FineWeb to a validation loss of 3.28 in 3175 steps (result #17 of the speedrun's track 3).
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py [@RECIPE] [NAME=VALUE ...]
+
+runs on 8 GPUs, on any number that divides the batch, and, without a GPU, on the CPU. `python train_gpt.py` is one
+process. NAME=VALUE overrides a field of Hyperparameters below; @tiny takes the overrides in records/tiny/recipe.
+
+Published: mean 3.278845 at step 3175, n=20, 8xH100, 157 ms a step. Descends from
+github.com/KellerJordan/modded-nanogpt, records/track_3_optimization/results/20260505_aurora.
+Read downwards: hyperparameters, data, model, initialisation and optimizers, log, training.
+"""
+
+import argparse
+import ast
+import difflib
+import glob
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from aurora import DIRECTIONS, Aurora
+from kernels.cross_entropy import softcapped_cross_entropy_
+
+HERE = Path(__file__).resolve().parent
+
+
+########################################
+#           Hyperparameters            #
+########################################
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """The defaults are result #17. A run writes the values that it used into the source at the head of its log."""
+    # data
+    train_files: str = "data/fineweb10B/fineweb_train_*.bin"  # read in sorted order, each from its start
+    val_files: str = "data/fineweb10B/fineweb_val_*.bin"
+    batch_tokens: int = 8 * 64 * 1024  # tokens a step, over all ranks
+    sequence_length: int = 1024  # tokens
+    val_tokens: int = 20 * 524288  # tokens; the first ones of the validation shard
+    micro_batch: int = 64  # sequences a forward and backward pass at most; costs memory, changes no result
+    # model
+    vocab_size: int = 50304  # GPT-2's 50257, rounded up to a multiple of 128
+    num_layers: int = 12
+    model_dim: int = 768
+    head_dim: int = 128
+    # AdamW: embedding, head, and all vectors (biases and gains)
+    embed_lr: float = 0.3
+    head_lr: float = 1 / 320
+    vector_lr: float = 0.01
+    adam_beta1: float = 0.8
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-10
+    # Aurora: the matrices of the blocks
+    matrix_lr: float = 0.0375
+    weight_decay: float = 0.0  # the update/weight floor stands in for it
+    mu: float = 0.95  # Nesterov momentum
+    direction: str = "aurora"  # or "muon"
+    pp_iterations: int = 2  # polar factors an update; the rows are balanced between them
+    pp_beta: float = 0.5
+    contra: float = 0.4
+    uw_floor: float = 0.35  # an update is at least this long, relative to its weight
+    # schedule: constant, then linear to 0
+    train_steps: int = 3200  # the published step is 3175: the learning rate has not reached 0 there
+    cooldown_frac: float = 0.7
+    # validation
+    val_every: int = 125  # steps
+    val_every_late: int = 25  # steps, from 0.9 of train_steps
+    target_loss: float = 3.28  # nats a token
+
+
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is int and value < 1 or f.type is float and not 0 <= value < math.inf:
+                raise ValueError(f"{f.name}={value}: it is {'at least 1' if f.type is int else 'finite and not negative'}")
+        for whole, part in (("batch_tokens", "sequence_length"), ("val_tokens", "sequence_length"),
+                            ("model_dim", "head_dim")):
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(f"{part}={getattr(self, part)} does not divide {whole}={getattr(self, whole)}")
+        if self.head_dim % 4:
+            raise ValueError(f"head_dim={self.head_dim}: rotary embedding needs a multiple of 4")
+        if self.direction not in DIRECTIONS:
+            raise ValueError(f"direction={self.direction!r}: it is one of {', '.join(DIRECTIONS)}")
+        if not 0 < self.cooldown_frac <= 1:
+            raise ValueError(f"cooldown_frac={self.cooldown_frac}: it is a fraction of train_steps, above 0")
+
+
+def override(words: list[str]) -> Hyperparameters:
+    """Hyperparameters from NAME=VALUE and @RECIPE words; a later word wins. ValueError names what is wrong."""
+    types = {f.name: f.type for f in fields(Hyperparameters)}
+    values = {}
+    for word in (line for word in words for line in (recipe(word[1:]) if word.startswith("@") else [word])):
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise ValueError(f"{word!r} is not understood: write NAME=VALUE or @RECIPE")
+        if name not in types:
+            nearest = difflib.get_close_matches(name, types, n=1, cutoff=0)[0]
+            raise ValueError(f"{name!r} is not a hyperparameter; the nearest is {nearest!r}")
+        try:
+            values[name] = types[name](text)
+        except ValueError:
+            raise ValueError(f"{word}: {name} takes a value of type {types[name].__name__}") from None
+    return Hyperparameters(**values)
+
+
+def recipe(name: str) -> list[str]:
+    """The overrides in records/NAME/recipe, or in a file of that name: one a line, # begins a comment."""
+    path = next((p for p in (Path(name), HERE / "records" / name / "recipe") if p.is_file()), None)
+    if path is None:
+        raise ValueError(f"@{name}: there is no records/{name}/recipe and no file {name}")
+    lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
+    return [line for line in lines if line]
+
+
+########################################
+#                 Data                 #
+########################################
+
+def open_shard(path: str) -> np.ndarray:
+    """Tokens of a .bin shard as a read-only map: 256 int32 of header (20240520, 1, count), then uint16 tokens."""
+    header = np.fromfile(path, dtype="<i4", count=256)
+    size = os.path.getsize(path)
+    if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
+        raise ValueError(f"{path} is not a token shard: delete it and make it again with the program in data/")
+    if size != 1024 + 2 * int(header[2]):
+        raise ValueError(f"{path} holds {(size - 1024) // 2} tokens, its header says {header[2]}: "
+                         "delete it and make it again with the program in data/")
+    return np.memmap(path, dtype="<u2", mode="r", offset=1024)
+
+
+def batches_in(tokens: np.ndarray, batch_tokens: int) -> int:
+    """As upstream counts: a batch is read while position + batch + 1 < length, so 100M tokens give 190 of 524,288."""
+    return max(0, (len(tokens) - 2) // batch_tokens)
+
+
+def find_shards(pattern: str, batch_tokens: int, batches: int, vocab_size: int) -> dict[str, int]:
+    """{path: tokens} of the shards, in sorted order, that the first `batches` batches come from. All is checked."""
+    paths = sorted(glob.glob(pattern))
+    if not paths:
+        raise ValueError(f"no file {pattern}: python data/cached_fineweb10B.py downloads FineWeb, "
+                         "python data/local.py makes shards of text on this machine")
+    found, available = {}, 0
+    while paths and available < batches:
+        tokens = open_shard(path := paths.pop(0))
+        if len(tokens) and tokens.max() >= vocab_size:
+            raise ValueError(f"{path} holds token {tokens.max()}, vocab_size is {vocab_size}: "
+                             "delete it and make it again with the program in data/")
+        found[path] = len(tokens)
+        available += batches_in(tokens, batch_tokens)
+    if available < batches:
+        need = f"{len(found) * batches / available:.0f} such shards" if available else "longer shards"
+        raise ValueError(f"{batches} batches of {batch_tokens} tokens are needed, {pattern} holds {available}: "
+                         f"make or download about {need} (data/), or lower train_steps")
+    return found
+
+
+class Place(NamedTuple):
+    """Where this process stands."""
+    rank: int
+    world: int
+    device: torch.device
+
+
+def read_batches(shards, batch_tokens: int, sequence_length: int, place: Place):
+    """Yield (inputs, targets), each (sequences, sequence_length), of this rank's contiguous part of every batch."""
+    part = batch_tokens // place.world
+    for tokens in map(open_shard, shards):
+        for batch in range(batches_in(tokens, batch_tokens)):
+            start = batch * batch_tokens + place.rank * part
+            window = torch.from_numpy(tokens[start:start + part + 1].astype(np.int32))
+            if place.device.type == "cuda":
+                window = window.pin_memory()  # a copy from pageable memory would wait for the GPU's queue
+            window = window.to(place.device, non_blocking=True)
+            yield window[:-1].view(-1, sequence_length), window[1:].long().view(-1, sequence_length)
+
+
+########################################
+#                Model                 #
+########################################
+# B sequences, T tokens each, D model_dim, H heads of size K, V vocab_size.
+# Activations are bf16, as the embedding is; every other parameter is an fp32 master, cast where it is used.
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gains = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.size(-1),), weight=self.gains.type_as(x))
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.type_as(x), self.bias.type_as(x))
+
+
+class Rotary(nn.Module):
+    """Half-truncated rotary embedding: half of the angles turn, with wavelengths up to 2 pi 1024, half stand still."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        turning = (1 / 1024) ** torch.linspace(0, 1, head_dim // 4)
+        self.register_buffer("frequency", torch.cat([turning, torch.zeros_like(turning)]))  # (K/2)
+
+    def forward(self, length: int) -> tuple[Tensor, Tensor]:
+        angle = torch.outer(torch.arange(length, device=self.frequency.device), self.frequency)
+        return angle.cos()[:, None], angle.sin()[:, None]  # (T, 1, K/2) each, fp32
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, T, H, K): pairs (x_i, x_{i + K/2}) turned by the angle of their position; computed in fp32."""
+    x1, x2 = x.float().chunk(2, dim=-1)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, head_dim: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self.q, self.k, self.v, self.proj = (Linear(dim, dim) for _ in range(4))
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
+        q, k = (rotate(F.rms_norm(y, (self.head_dim,)), *rotary) for y in (q, k))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, K)
+        y = F.scaled_dot_product_attention(q, k, v, scale=0.12, is_causal=True)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc = Linear(dim, 4 * dim)
+        self.proj = Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.fc(x).relu().square())
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, head_dim: int):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(dim), RMSNorm(dim)
+        self.attn = Attention(dim, head_dim)
+        self.mlp = MLP(dim)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.attn(self.norm1(x), rotary)
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, hp: Hyperparameters):
+        super().__init__()
+        self.embed = nn.Embedding(hp.vocab_size, hp.model_dim, dtype=torch.bfloat16)
+        self.norm1, self.norm2 = RMSNorm(hp.model_dim), RMSNorm(hp.model_dim)
+        self.rotary = Rotary(hp.head_dim)
+        self.blocks = nn.ModuleList(Block(hp.model_dim, hp.head_dim) for _ in range(hp.num_layers))
+        self.head = Linear(hp.model_dim, hp.vocab_size)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """(B, T) token ids -> (B, T, V) in bf16, before the softcap."""
+        x = self.norm1(self.embed(inputs))
+        rotary = self.rotary(inputs.size(1))
+        for block in self.blocks:
+            x = block(x, rotary)
+        return self.head(self.norm2(x))
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy in nats, summed over the tokens: sums of micro-batches and ranks are sums of the batch."""
+        return softcapped_cross_entropy_(self.logits(inputs).flatten(0, 1), targets.flatten())
+
+
+########################################
+#     Initialisation & optimizers      #
+########################################
+
+@torch.no_grad()
+def initialise(model: GPT, seed: int):
+    """Set every parameter. Drawn on the CPU in fp32, so that a seed means the same weights on every machine."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if name.endswith("gains"):
+            p.fill_(1)
+        elif name.endswith("bias") or name.endswith("proj.weight") or name == "head.weight":
+            p.zero_()
+        elif name == "embed.weight":
+            p.copy_(torch.randn(p.shape, generator=generator))
+        else:
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.33 / p.size(1)) ** 0.5)
+
+
+def make_optimizers(model: GPT, hp: Hyperparameters) -> list[torch.optim.Optimizer]:
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    adamw = torch.optim.AdamW([dict(params=[model.embed.weight], lr=hp.embed_lr),
+                               dict(params=[model.head.weight], lr=hp.head_lr),
+                               dict(params=vectors, lr=hp.vector_lr)],
+                              betas=(hp.adam_beta1, hp.adam_beta2), eps=hp.adam_eps, weight_decay=0, fused=True)
+    aurora = Aurora(matrices, lr=hp.matrix_lr, weight_decay=hp.weight_decay, mu=hp.mu, direction=hp.direction,
+                    pp_iterations=hp.pp_iterations, pp_beta=hp.pp_beta, contra=hp.contra, uw_floor=hp.uw_floor)
+    optimizers = [adamw, aurora]
+    updated = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert len(updated) == len(set(updated)) and set(updated) == set(model.parameters())
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def learning_rate_factor(step: int, hp: Hyperparameters) -> float:
+    """1, then linear over the last cooldown_frac of the steps: the last step's is 1 / (cooldown_frac * train_steps)."""
+    progress = step / hp.train_steps
+    return 1.0 if progress < 1 - hp.cooldown_frac else (1 - progress) / hp.cooldown_frac
+
+
+def is_validation_step(step: int, hp: Hyperparameters) -> bool:
+    every = hp.val_every if step / hp.train_steps < 0.9 else hp.val_every_late
+    return step % every == 0 or step == hp.train_steps
+
+
+########################################
+#                 Log                  #
+########################################
+
+def flatten(path: Path, inlined: set[Path]) -> str:
+    """The source of a file with each line `from LOCAL_MODULE import ...` replaced by that module, flattened."""
+    def inline(match):
+        module = HERE.joinpath(*match[1].split(".")).with_suffix(".py")
+        if not module.is_file() or module in inlined:
+            return "" if module in inlined else match[0]
+        inlined.add(module)
+        return flatten(module, inlined).rstrip("\n")
+    return re.sub(r"^from ([\w.]+) import .+$", inline, path.read_text(), flags=re.MULTILINE)
+
+
+def render(source: str, hp: Hyperparameters) -> str:
+    """The source with the values of this run as the defaults of Hyperparameters; those that differ are written anew."""
+    lines = source.splitlines(keepends=True)
+    body = next(node.body for node in ast.parse(source).body
+                if isinstance(node, ast.ClassDef) and node.name == "Hyperparameters")
+    for node in body:
+        if isinstance(node, ast.AnnAssign) and getattr(hp, node.target.id) != getattr(Hyperparameters, node.target.id):
+            i, value = node.value.lineno - 1, repr(getattr(hp, node.target.id))
+            # ast counts columns in bytes of UTF-8; these lines are ASCII up to their comment
+            lines[i] = lines[i][:node.value.col_offset] + value + lines[i][node.value.end_col_offset:]
+    return "".join(lines)
+
+
+class RunLog:
+    """logs/NAME.txt, the source and then what upstream's parsers read, and logs/NAME.jsonl, the same for machines.
+
+    Rank 0 writes; on other ranks nothing happens. Files are line-buffered: a killed run leaves whole lines.
+    """
+
+    def __init__(self, name: str | None):
+        self.text = self.json = None
+        if name is not None:
+            Path("logs").mkdir(exist_ok=True)
+            self.text, self.json = (open(f"logs/{name}.{ending}", "x", buffering=1) for ending in ("txt", "jsonl"))
+
+    def line(self, text: str):
+        if self.text:
+            self.text.write(text + "\n")
+
+    def record(self, **values):
+        if self.json:
+            self.json.write(json.dumps(values) + "\n")
+
+
+def facts(hp: Hyperparameters, place: Place, shards: dict[str, int], source: str) -> str:
+    """The block after the source: upstream's sentence, then `name: value` lines for whatever else a run depends on."""
+    gpu = place.device.type == "cuda"
+    device = torch.cuda.get_device_name(place.device) if gpu else processor()
+    lines = [f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda} on {device} "
+             f"with world_size {place.world}"]
+    if gpu:
+        lines.append("driver: " + output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader,nounits"))
+        lines.append(f"triton: {importlib.metadata.version('triton')}")
+    else:
+        lines.append(f"threads: {torch.get_num_threads()}")
+    dirty = output_of("git", "-C", str(HERE), "status", "--porcelain", "--untracked-files=no")
+    lines += [f"commit: {output_of('git', '-C', str(HERE), 'rev-parse', 'HEAD') or 'none'}{' (dirty)' * bool(dirty)}",
+              f"source_sha256: {hashlib.sha256(source.encode()).hexdigest()}",
+              f"micro_batch: {hp.micro_batch}"]
+    lines += [f"shard: {path} {count}" for path, count in shards.items()]
+    lines += [f"env: {name}={value}" for name, value in sorted(os.environ.items())
+              if name.startswith(("TORCH", "TRITON", "NCCL", "CUDA"))]
+    return "\n".join(lines)
+
+
+def output_of(*command: str) -> str:
+    """What a program prints, stripped; nothing where it fails or is not installed."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def processor() -> str:
+    names = re.findall(r"^model name\s*: (.+)$", output_of("cat", "/proc/cpuinfo"), re.MULTILINE)
+    return f"CPU {names[0]}" if names else "CPU"
+
+
+########################################
+#               Training               #
+########################################
+
+class Clock:
+    """Seconds of training: every rank and the GPU's queue are waited for; what pause() spans is not counted."""
+
+    def __init__(self, place: Place):
+        self.place, self.seconds = place, 0.0
+        self.mark = self.now()
+
+    def now(self) -> float:
+        if self.place.device.type == "cuda":
+            torch.cuda.synchronize()
+        dist.barrier()
+        return time.perf_counter()
+
+    def read(self) -> float:
+        now = self.now()
+        self.seconds, self.mark = self.seconds + now - self.mark, now
+        return self.seconds
+
+    def resume(self):
+        self.mark = self.now()
+
+
+def micro_batches(inputs: Tensor, targets: Tensor, at_most: int):
+    """Pairs of equal size, the largest that divides this rank's sequences and is at_most."""
+    size = max(d for d in range(1, at_most + 1) if len(inputs) % d == 0)
+    return zip(inputs.split(size), targets.split(size))
+
+
+def accumulate_gradients(model: GPT, inputs: Tensor, targets: Tensor, hp: Hyperparameters) -> Tensor:
+    """Leave in every p.grad the gradient of the whole batch, summed over micro-batches and ranks.
+
+    Returns this rank's summed loss. The bf16 embedding's gradient is summed in fp32 and rounded once, so that no
+    number of ranks or micro-batches is favoured.
+    """
+    embed = model.embed.weight
+    embed_gradient = torch.zeros_like(embed, dtype=torch.float32)
+    total = torch.zeros((), device=inputs.device, dtype=torch.float64)
+    for micro_inputs, micro_targets in micro_batches(inputs, targets, hp.micro_batch):
+        loss = model(micro_inputs, micro_targets)
+        loss.backward()
+        total += loss.detach()
+        embed_gradient += embed.grad
+        embed.grad = None
+    gradients = [embed_gradient] + [p.grad for p in model.parameters() if p is not embed]
+    for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+        work.wait()
+    embed.grad = embed_gradient.to(embed.dtype)
+    return total
+
+
+@torch.no_grad()
+def validation_loss(model: GPT, inputs: Tensor, targets: Tensor, hp: Hyperparameters) -> float:
+    """Mean over the validation tokens of all ranks, in nats a token."""
+    total = torch.zeros((), device=inputs.device, dtype=torch.float64)
+    for micro_inputs, micro_targets in micro_batches(inputs, targets, hp.micro_batch):
+        total += model(micro_inputs, micro_targets)
+    dist.all_reduce(total)
+    return total.item() / hp.val_tokens
+
+
+def peak_memory(place: Place) -> int:
+    """Bytes: the most that this process has held on its GPU, or resident without one."""
+    if place.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def train(model: GPT, hp: Hyperparameters, seed: int, batches, validation, place: Place, log: RunLog):
+    """One trial, from a wholly fresh state. Yields nothing but its log; exits where a validation loss is not finite."""
+    initialise(model, seed)
+    optimizers = make_optimizers(model, hp)
+    log.line(f"seed: {seed}")
+    log_every = max(1, hp.train_steps // 128)  # to read a loss is to wait for the GPU
+    bar = tqdm(total=hp.train_steps, desc=f"seed {seed}", disable=None if place.rank == 0 else True, leave=False,
+               bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n}/{total}{postfix} [{elapsed}<{remaining}]")
+    clock = Clock(place)
+    validated = logged = (0, 0.0)  # step, seconds
+    for step in range(hp.train_steps + 1):
+
+        if is_validation_step(step, hp):
+            seconds = clock.read()
+            step_avg = (seconds - validated[1]) / (step - validated[0]) if step else math.nan
+            validated = (step, seconds)
+            val_loss = validation_loss(model, *validation, hp)
+            line = (f"step:{step}/{hp.train_steps} val_loss:{val_loss:.5f} "
+                    f"train_time:{seconds:.3f}s step_avg:{1000 * step_avg:.2f}ms")
+            log.line(line)
+            log.record(seed=seed, step=step, val_loss=val_loss, train_time=seconds)
+            if place.rank == 0:
+                bar.write(line)
+            if not math.isfinite(val_loss):
+                log.line(f"failed: the validation loss at step {step} is {val_loss}")
+                sys.exit(f"train_gpt.py: the validation loss at step {step} is {val_loss}" if place.rank == 0 else 1)
+            clock.resume()
+        if step == hp.train_steps:
+            break
+
+        loss = accumulate_gradients(model, *next(batches), hp)
+        factor = learning_rate_factor(step, hp)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            optimizer.step()
+        model.zero_grad()
+
+        bar.update()
+        if (step + 1) % log_every == 0:
+            dist.all_reduce(loss)
+            loss = loss.item() / hp.batch_tokens
+            seconds = clock.read()
+            step_time = (seconds - logged[1]) / (step + 1 - logged[0])
+            logged = (step + 1, seconds)
+            log.record(seed=seed, step=step + 1, loss=loss, lr=hp.matrix_lr * factor, train_time=seconds,
+                       tokens_per_second=hp.batch_tokens / step_time, peak_memory=peak_memory(place))
+            bar.set_postfix_str(f"loss {loss:.3f}, {1000 * step_time:.0f} ms/step, "
+                                f"{hp.batch_tokens / step_time:,.0f} tok/s", refresh=False)
+    bar.close()
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="train_gpt.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE | @RECIPE")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights (default 0)")
+    parser.add_argument("--trials", type=int, default=1, help="runs in one process, of seeds SEED, SEED + 1, ...")
+    parser.add_argument("--dry-run", action="store_true", help="check arguments and data, say what would run, and stop")
+    parser.error = lambda message: sys.exit(f"train_gpt.py: {message}; see --help")
+    return parser.parse_intermixed_args(argv)
+
+
+def plan(hp: Hyperparameters, world: int) -> str:
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in GPT(hp).parameters())
+    validations = sum(is_validation_step(step, hp) for step in range(hp.train_steps + 1))
+    return (f"{parameters:,} parameters, {hp.train_steps:,} steps of {hp.batch_tokens:,} tokens, "
+            f"{validations} validations of {hp.val_tokens:,} tokens, world_size {world}")
+
+
+def main(argv: list[str]):
+    args = parse(argv)
+    # torchrun sets these; without it there is one process
+    rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in
+                               (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    try:
+        hp = override(args.overrides)
+        for name in ("batch_tokens", "val_tokens"):
+            sequences = getattr(hp, name) // hp.sequence_length
+            if sequences % world:
+                fewer = max(n for n in range(1, world) if sequences % n == 0)
+                raise ValueError(f"{name}={getattr(hp, name)} is {sequences} sequences, which {world} processes cannot "
+                                 f"share equally: start {fewer}, or change {name}")
+        shards = find_shards(hp.train_files, hp.batch_tokens, hp.train_steps, hp.vocab_size)
+        val_shards = find_shards(hp.val_files, hp.val_tokens, 1, hp.vocab_size)
+    except ValueError as error:
+        sys.exit(f"train_gpt.py: {error}" if local_rank == 0 else 1)
+    if args.dry_run:
+        print(plan(hp, world))
+        return
+
+    source = render(flatten(Path(__file__), set()), hp)
+    gpu = torch.cuda.is_available()
+    place = Place(rank, world, torch.device("cuda", local_rank) if gpu else torch.device("cpu"))
+    if gpu:
+        torch.cuda.set_device(place.device)
+    store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
+    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world)
+    log = RunLog(time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:8] if rank == 0 else None)
+    for part in (source.rstrip("\n"), "=" * 100, facts(hp, place, shards | val_shards, source), "=" * 100):
+        log.line(part)
+    with place.device:
+        model = GPT(hp)
+    if gpu:
+        model.compile(dynamic=False)
+    validation = next(read_batches(val_shards, hp.val_tokens, hp.sequence_length, place))
+    for seed in range(args.seed, args.seed + args.trials):
+        batches = read_batches(shards, hp.batch_tokens, hp.sequence_length, place)
+        train(model, hp, seed, batches, validation, place, log)
+    if rank == 0:
+        print(f"log: {log.text.name}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
