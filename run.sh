@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# From a bare machine to a judged log.
+#
+#   ./run.sh [NAME=VALUE ...]   set up, fetch or make the data, train, judge the log; see train_gpt.py --help
+#   ./run.sh test [...]         set up and run the tests; arguments go to pytest
+#
+# With GPUs (CUDA_VISIBLE_DEVICES is heeded): the 3175-step recipe on all of them. Without: the tiny recipe on the CPU.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+die() { echo "run.sh: $*" >&2; exit 1; }
+
+install() {  # install FILE: its pins into .venv, unless they are there
+    cmp -s "$1" ".venv/${1//\//-}" && return
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1" || die "could not install $1"
+    cp "$1" ".venv/${1//\//-}"
+}
+
+if ! [ -x .venv/bin/pip ]; then
+    command -v python3 >/dev/null || die "no python3: install it with: apt install python3 python3-venv"
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "Python 3.10 or newer is needed, this is $(python3 -V)"
+    python3 -c 'import ensurepip, venv' 2>/dev/null || die "python3 cannot make a virtual environment: apt install $(
+        python3 -c 'import sys; print("python3.%d-venv" % sys.version_info[1])')"
+    python3 -m venv --clear .venv
+fi
+install requirements.txt
+
+if [ "${1-}" = test ]; then
+    install tests/requirements.txt
+    exec .venv/bin/python -m pytest "${@:2}"
+fi
+
+processes=0
+if command -v nvidia-smi >/dev/null; then
+    processes=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
+fi
+if [ "$processes" -gt 0 ]; then
+    .venv/bin/python data/cached_fineweb10B.py 17  # 3200 batches, 190 a shard
+else
+    processes=1
+    .venv/bin/python data/local.py --encoding bytes
+    set -- @tiny "$@"
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / processes))}
+
+# Mistakes in the arguments or the data end here, in one line; torchrun would add its own report.
+WORLD_SIZE=$processes .venv/bin/python train_gpt.py --dry-run "$@"
+case " $* " in *" --dry-run "* | *" --help "* | *" -h "*) exit ;; esac
+.venv/bin/torchrun --standalone --nproc_per_node="$processes" train_gpt.py "$@"
+.venv/bin/python -m records verify "$(ls -t logs/*.txt | head -n 1)" || true  # the verdict is printed; the run is whole
