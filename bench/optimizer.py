@@ -1,0 +1,127 @@
+"""Time of a training step with aurora.py and with the optimizer as the published script writes it.
+
+    python -m bench.optimizer [@RECIPE] [NAME=VALUE ...]      default: @tiny
+
+Both optimizers step in turn on the same model and gradients, in one process, so that a drift of the machine's speed
+meets both. Prints a table and writes it to bench/results/optimizer.md.
+"""
+
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import train_gpt
+
+STEPS, WARM_UP = 30, 3
+RESULT = Path(__file__).parent / "results" / "optimizer.md"
+
+
+def newton_schulz(G):
+    X = G.bfloat16()
+    if G.size(0) > G.size(1):
+        X = X.mT
+    X = X / (X.norm() + 1e-7)
+    a, b, c = 2.0, -1.5, 0.5
+    for _ in range(12):
+        A = X @ X.mT
+        B = b * A + c * A @ A
+        X = a * X + B @ X
+    return X.mT if G.size(0) > G.size(1) else X
+
+
+def balanced(G):
+    m, n = G.shape
+    if m == n:
+        return newton_schulz(G)
+    if m < n:
+        return balanced(G.mT).mT
+    D = 1 / G.norm(dim=1, keepdim=True).clamp(min=1e-7)
+    U = newton_schulz(D * G)
+    D = D * (n / m / U.float().square().sum(1, keepdim=True).clamp(min=1e-14)).sqrt()
+    return newton_schulz(D * G)
+
+
+def operator_norm(G):
+    v = torch.full((G.size(1),), G.size(1) ** -0.5, device=G.device)
+    for _ in range(5):
+        u = G @ v
+        u = u / u.norm().clamp(min=1e-10)
+        v = G.mT @ u
+        v = v / v.norm().clamp(min=1e-10)
+    return (G @ v).norm()
+
+
+class OneByOne(torch.optim.Optimizer):
+    """Result #17's update (see aurora.py), one matrix after the other: 12 separate Newton-Schulz steps for each."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
+                N = p.grad.lerp(momentum, 0.95)
+                P = balanced(N)
+                U = P - 0.2 * N / operator_norm(N).clamp(min=1e-10)
+                U = U * P.norm() / U.norm().clamp(min=1e-10) * max(1, N.size(0) / N.size(1)) ** 0.5
+                U = U * (0.35 * p.norm().clamp(min=1e-8) / U.norm().clamp(min=1e-8)).clamp(min=1)
+                p.add_(U, alpha=-group["lr"])
+
+
+def main(words: list[str]):
+    hp = train_gpt.override(words or ["@tiny"])
+    shards = train_gpt.find_shards(hp.train_files, hp.batch_tokens, STEPS, hp.vocab_size)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = train_gpt.Place(0, 1, device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with device:
+        model = train_gpt.GPT(hp)
+    train_gpt.initialise(model, seed=0)
+    adamw, batched = train_gpt.make_optimizers(model, hp)
+    one_by_one = OneByOne(batched.param_groups[0]["params"], dict(lr=hp.matrix_lr))
+    batches = train_gpt.read_batches(shards, hp.batch_tokens, hp.sequence_length, place)
+    clock = train_gpt.Clock(place)
+    work = {"forward and backward": lambda: train_gpt.accumulate_gradients(model, *next(batches), hp),
+            "AdamW": adamw.step, "Aurora, one matrix at a time": one_by_one.step, "Aurora, batched": batched.step}
+    times = {name: [] for name in work}
+    for _ in tqdm(range(STEPS), disable=None):
+        for name, part in work.items():
+            clock.resume()
+            before = clock.seconds
+            part()
+            times[name].append(clock.read() - before)
+        model.zero_grad()
+    dist.destroy_process_group()
+    ms = {name: 1000 * statistics.median(t[WARM_UP:]) for name, t in times.items()}
+    report(words, ms, device)
+
+
+def report(words: list[str], ms: dict[str, float], device: torch.device):
+    rest = ms["forward and backward"] + ms["AdamW"]
+    old, new = ms["Aurora, one matrix at a time"], ms["Aurora, batched"]
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    where = torch.cuda.get_device_name() if device.type == "cuda" else train_gpt.processor()
+    table = [f"# python -m bench.optimizer {' '.join(words)}".rstrip(), "",
+             f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}, "
+             f"commit {commit}; medians of {STEPS - WARM_UP} steps, in turn in one process.", "",
+             "| part of a step | ms |", "|---|---:|",
+             *(f"| {name} | {t:.1f} |" for name, t in ms.items()),
+             f"| whole step, one matrix at a time | {rest + old:.1f} |", f"| whole step, batched | {rest + new:.1f} |", "",
+             f"Optimizer {old / new:.2f}x as fast, whole step {(rest + old) / (rest + new):.2f}x as fast."]
+    RESULT.write_text("\n".join(table) + "\n")
+    print("\n".join(table))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"bench.optimizer: {error}")
