@@ -15,7 +15,6 @@ import ast
 import difflib
 import glob
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
@@ -25,7 +24,7 @@ import subprocess
 import sys
 import time
 import uuid
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,7 +90,8 @@ class Hyperparameters:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type is int and value < 1 or f.type is float and not 0 <= value < math.inf:
-                raise ValueError(f"{f.name}={value}: it is {'at least 1' if f.type is int else 'finite and not negative'}")
+                bound = "at least 1" if f.type is int else "finite and not negative"
+                raise ValueError(f"{f.name}={value}: it is {bound}")
         for whole, part in (("batch_tokens", "sequence_length"), ("val_tokens", "sequence_length"),
                             ("model_dim", "head_dim")):
             if getattr(self, whole) % getattr(self, part):
@@ -346,8 +346,10 @@ def flatten(path: Path, inlined: set[Path]) -> str:
     """The source of a file with each line `from LOCAL_MODULE import ...` replaced by that module, flattened."""
     def inline(match):
         module = HERE.joinpath(*match[1].split(".")).with_suffix(".py")
-        if not module.is_file() or module in inlined:
-            return "" if module in inlined else match[0]
+        if module in inlined:
+            return ""
+        if not module.is_file():
+            return match[0]
         inlined.add(module)
         return flatten(module, inlined).rstrip("\n")
     return re.sub(r"^from ([\w.]+) import .+$", inline, path.read_text(), flags=re.MULTILINE)
@@ -394,14 +396,15 @@ def facts(hp: Hyperparameters, place: Place, shards: dict[str, int], source: str
     lines = [f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda} on {device} "
              f"with world_size {place.world}"]
     if gpu:
-        lines.append("driver: " + output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader,nounits"))
-        lines.append(f"triton: {importlib.metadata.version('triton')}")
+        import triton  # it is not installed without a GPU
+        lines.append("driver: " + output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"))
+        lines.append(f"triton: {triton.__version__}")
     else:
         lines.append(f"threads: {torch.get_num_threads()}")
     dirty = output_of("git", "-C", str(HERE), "status", "--porcelain", "--untracked-files=no")
     lines += [f"commit: {output_of('git', '-C', str(HERE), 'rev-parse', 'HEAD') or 'none'}{' (dirty)' * bool(dirty)}",
               f"source_sha256: {hashlib.sha256(source.encode()).hexdigest()}",
-              f"micro_batch: {hp.micro_batch}"]
+              f"micro_batch: {micro_batch_size(hp.batch_tokens // hp.sequence_length // place.world, hp.micro_batch)}"]
     lines += [f"shard: {path} {count}" for path, count in shards.items()]
     lines += [f"env: {name}={value}" for name, value in sorted(os.environ.items())
               if name.startswith(("TORCH", "TRITON", "NCCL", "CUDA"))]
@@ -447,9 +450,13 @@ class Clock:
         self.mark = self.now()
 
 
+def micro_batch_size(sequences: int, at_most: int) -> int:
+    """The largest divisor of a rank's sequences that is at_most."""
+    return max(d for d in range(1, at_most + 1) if sequences % d == 0)
+
+
 def micro_batches(inputs: Tensor, targets: Tensor, at_most: int):
-    """Pairs of equal size, the largest that divides this rank's sequences and is at_most."""
-    size = max(d for d in range(1, at_most + 1) if len(inputs) % d == 0)
+    size = micro_batch_size(len(inputs), at_most)
     return zip(inputs.split(size), targets.split(size))
 
 
@@ -552,7 +559,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=1, help="runs in one process, of seeds SEED, SEED + 1, ...")
     parser.add_argument("--dry-run", action="store_true", help="check arguments and data, say what would run, and stop")
     parser.error = lambda message: sys.exit(f"train_gpt.py: {message}; see --help")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.trials < 1:
+        parser.error(f"--trials {args.trials}: it is at least 1")
+    return args
 
 
 def plan(hp: Hyperparameters, world: int) -> str:
@@ -590,7 +600,8 @@ def main(argv: list[str]):
     if gpu:
         torch.cuda.set_device(place.device)
     store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
-    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world)
+    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
+                            device_id=place.device if gpu else None)
     log = RunLog(time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:8] if rank == 0 else None)
     for part in (source.rstrip("\n"), "=" * 100, facts(hp, place, shards | val_shards, source), "=" * 100):
         log.line(part)

@@ -10,7 +10,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -110,11 +109,13 @@ def report(words: list[str], ms: dict[str, float], device: torch.device):
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     where = torch.cuda.get_device_name() if device.type == "cuda" else train_gpt.processor()
     table = [f"# python -m bench.optimizer {' '.join(words)}".rstrip(), "",
-             f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}, "
-             f"commit {commit}; medians of {STEPS - WARM_UP} steps, in turn in one process.", "",
+             f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+             f"Python {platform.python_version()}, commit {commit}; medians of {STEPS - WARM_UP} steps, "
+             "in turn in one process.", "",
              "| part of a step | ms |", "|---|---:|",
              *(f"| {name} | {t:.1f} |" for name, t in ms.items()),
-             f"| whole step, one matrix at a time | {rest + old:.1f} |", f"| whole step, batched | {rest + new:.1f} |", "",
+             f"| whole step, one matrix at a time | {rest + old:.1f} |",
+             f"| whole step, batched | {rest + new:.1f} |", "",
              f"Optimizer {old / new:.2f}x as fast, whole step {(rest + old) / (rest + new):.2f}x as fast."]
     RESULT.write_text("\n".join(table) + "\n")
     print("\n".join(table))

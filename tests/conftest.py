@@ -44,4 +44,4 @@ def start(words: list[str], folder: Path, script: Path = ROOT / "train_gpt.py", 
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("TORCH", "RANK", "WORLD", "LOCAL_", "MASTER"))}
     return subprocess.run([sys.executable, *launcher, str(script), *words], cwd=folder, text=True, capture_output=True,
-                          env=clean | {"OMP_NUM_THREADS": "1"} | environment)
+                          env=clean | {"OMP_NUM_THREADS": "1"} | environment, timeout=120)

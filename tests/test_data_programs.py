@@ -23,7 +23,8 @@ import tiktoken
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared"
 EOT = 50256
-ODD_TEXTS = ["plain", "", "\0 a NUL \0", "<|endoftext|> is text", "lone \ud83d surrogate", "naïve 日本 😀\r\n", " " * 999]
+ODD_TEXTS = ["plain", "", "\0 a NUL \0", "<|endoftext|> is text", "lone \ud83d surrogate",
+             "naïve 日本 😀\r\n", " " * 999]
 
 
 @pytest.fixture

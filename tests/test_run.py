@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from conftest import ROOT, start, write_shard
 
-
 STEPS = [0, 10, 20, 30, 36, 38, 40]
 
 
@@ -41,10 +40,12 @@ def test_the_loss_falls_and_the_desk_reads_the_log(one_process):
     logged = [r for r in sidecar if "loss" in r]
     assert [r["step"] for r in logged] == list(range(1, 41))
     assert {"lr", "tokens_per_second", "peak_memory"} < logged[0].keys()
-    desk = subprocess.run([sys.executable, "-m", "records", "verify", str(log)], cwd=ROOT, text=True, capture_output=True)
+    desk = subprocess.run([sys.executable, "-m", "records", "verify", str(log)],
+                          cwd=ROOT, text=True, capture_output=True)
     assert "n=1, target 5" in desk.stdout and f"{curve[-1][1]:.6f}" in desk.stdout
     facts = log.read_text().split("=" * 100)[1]
-    for fact in ("PyTorch", "with world_size 1", "commit: ", "source_sha256: ", "micro_batch: 2", "train_000002.bin 17150"):
+    for fact in ("PyTorch", "with world_size 1", "commit: ", "source_sha256: ", "micro_batch: 2",
+                 "train_000002.bin 17150"):
         assert fact in facts
 
 
