@@ -84,8 +84,6 @@ class Hyperparameters:
     val_every_late: int = 25  # steps, from 0.9 of train_steps
     target_loss: float = 3.28  # nats a token
 
-
-
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
@@ -429,7 +427,7 @@ def processor() -> str:
 ########################################
 
 class Clock:
-    """Seconds of training: every rank and the GPU's queue are waited for; what pause() spans is not counted."""
+    """Seconds of training, every rank and the GPU's queue waited for. From a read() to a resume() nothing counts."""
 
     def __init__(self, place: Place):
         self.place, self.seconds = place, 0.0
@@ -500,7 +498,7 @@ def peak_memory(place: Place) -> int:
 
 
 def train(model: GPT, hp: Hyperparameters, seed: int, batches, validation, place: Place, log: RunLog):
-    """One trial, from a wholly fresh state. Yields nothing but its log; exits where a validation loss is not finite."""
+    """One trial, from a wholly fresh state to its log. Exits at a validation loss that is not finite."""
     initialise(model, seed)
     optimizers = make_optimizers(model, hp)
     log.line(f"seed: {seed}")
@@ -588,7 +586,7 @@ def main(argv: list[str]):
                                  f"share equally: start {fewer}, or change {name}")
         shards = find_shards(hp.train_files, hp.batch_tokens, hp.train_steps, hp.vocab_size)
         val_shards = find_shards(hp.val_files, hp.val_tokens, 1, hp.vocab_size)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"train_gpt.py: {error}" if local_rank == 0 else 1)
     if args.dry_run:
         print(plan(hp, world))

@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, write_shard
 
 import train_gpt
+from kernels.cross_entropy import softcapped_cross_entropy_reference
 from train_gpt import GPT, Hyperparameters, Place, flatten, initialise, override, read_batches, render
 
 CPU = torch.device("cpu")
@@ -137,6 +138,14 @@ def test_logits_are_those_of_a_model_written_in_float64(model):
     exact = torch.stack(logits)
     assert model.logits(inputs).dtype == torch.bfloat16
     assert (model.float().logits(inputs).double() - exact).abs().max() < 1e-4 * exact.std()
+
+
+def test_the_model_is_one_graph(model, monkeypatch):
+    """Kills: a construct that torch.compile cannot trace: on a GPU it would break the graph, quietly and slowly."""
+    monkeypatch.setattr(train_gpt, "softcapped_cross_entropy_", softcapped_cross_entropy_reference)  # as on a GPU
+    inputs = torch.randint(400, (2, 32), generator=torch.Generator().manual_seed(4))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    assert compiled(inputs, inputs).item() == model(inputs, inputs).item()
 
 
 def test_schedule():
