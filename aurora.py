@@ -20,6 +20,9 @@ from torch import Tensor
 
 from kernels.newton_schulz import newton_schulz
 
+# the same function, renamed in torch 2.13
+all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+
 # (a, b, c) of 2x - 1.5x^3 + 0.5x^5: fixed points 0, 1, sqrt 2; doubles a small singular value, quadratic at 1.
 SIMPLE_QUINTIC_12 = ((2.0, -1.5, 0.5),) * 12  # the record's
 
@@ -104,7 +107,8 @@ class Aurora(torch.optim.Optimizer):
 
     Needs the same gradients on every rank (all-reduced). Parameters of one shape form a stack; each rank owns an
     equal run of the stack, keeps the momentum of those matrices alone, updates them in one batched call, and
-    gathers the others' weights. The result does not depend on the number of ranks. Gradients are not changed.
+    gathers the others' weights. The number of ranks changes no bit of the result on the CPU, and on GPUs nothing
+    but what a batched product may round differently for another size of stack. Gradients are not changed.
     `polar` is any function from a stack to its polar factors.
     """
 
@@ -144,7 +148,7 @@ class Aurora(torch.optim.Optimizer):
                 weights, work = shard, None
                 if world > 1:
                     weights = shard.new_empty(world * share, *shard.shape[1:])
-                    work = dist.all_gather_into_tensor(weights, shard, async_op=True)
+                    work = all_gather(weights, shard, async_op=True)
                 gathers.append((params, weights, work))
         for params, weights, work in gathers:
             if work is not None:

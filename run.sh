@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a bare machine to a judged log.
 #
-#   ./run.sh [NAME=VALUE ...]   set up, fetch or make the data, train, judge the log; see train_gpt.py --help
+#   ./run.sh [NAME=VALUE ...]   set up, fetch or make the data, train, judge the log; see ./run.sh --help
 #   ./run.sh test [...]         set up and run the tests; arguments go to pytest
 #
 # With GPUs (CUDA_VISIBLE_DEVICES is heeded): the 3175-step recipe on all of them. Without: the tiny recipe on the CPU.
@@ -30,21 +30,27 @@ if [ "${1-}" = test ]; then
     exec .venv/bin/python -m pytest "${@:2}"
 fi
 
-processes=0
-if command -v nvidia-smi >/dev/null; then
-    processes=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
+gpus=0
+if [ "${CUDA_VISIBLE_DEVICES-all}" ] && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+    gpus=$(.venv/bin/python -c 'import torch; torch.zeros(1, device="cuda"); print(torch.cuda.device_count())' 2>/dev/null) ||
+        die "nvidia-smi sees GPUs, PyTorch cannot use them: update the driver, or hide them with CUDA_VISIBLE_DEVICES="
 fi
-if [ "$processes" -gt 0 ]; then
-    .venv/bin/python data/cached_fineweb10B.py 17  # 3200 batches, 190 a shard
-else
-    processes=1
-    .venv/bin/python data/local.py --encoding bytes
+if [ "$gpus" = 0 ]; then
     set -- @tiny "$@"
 fi
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / processes))}
+processes=$((gpus > 0 ? gpus : 1))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((processes < $(nproc) ? $(nproc) / processes : 1))}
 
-# Mistakes in the arguments or the data end here, in one line; torchrun would add its own report.
+# A mistake in the arguments or the data ends in one line, here: torchrun would add a report of its own.
+case " $* " in *" --help "* | *" -h "*) exec .venv/bin/python train_gpt.py --help ;; esac
+if [ "$gpus" != 0 ]; then
+    shards=$(.venv/bin/python train_gpt.py --fineweb-shards "$@")
+    [ "$shards" = 0 ] || .venv/bin/python data/cached_fineweb10B.py "$shards"
+fi
+case " $* " in *" @tiny "*) .venv/bin/python data/local.py --encoding bytes ;; esac
 WORLD_SIZE=$processes .venv/bin/python train_gpt.py --dry-run "$@"
-case " $* " in *" --dry-run "* | *" --help "* | *" -h "*) exit ;; esac
+case " $* " in *" --dry-run "*) exit ;; esac
+
 .venv/bin/torchrun --standalone --nproc_per_node="$processes" train_gpt.py "$@"
-.venv/bin/python -m records verify "$(ls -t logs/*.txt | head -n 1)" || true  # the verdict is printed; the run is whole
+# the verdict may be no: the run is whole all the same
+.venv/bin/python -m records verify "$(ls -t logs/*.txt | head -n 1)" || [ $? = 1 ]

@@ -98,6 +98,9 @@ class Hyperparameters:
             raise ValueError(f"head_dim={self.head_dim}: rotary embedding needs a multiple of 4")
         if self.direction not in DIRECTIONS:
             raise ValueError(f"direction={self.direction!r}: it is one of {', '.join(DIRECTIONS)}")
+        for name in ("adam_beta1", "adam_beta2", "mu"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: the weight of the past is below 1")
         if not 0 < self.cooldown_frac <= 1:
             raise ValueError(f"cooldown_frac={self.cooldown_frac}: it is a fraction of train_steps, above 0")
 
@@ -151,7 +154,8 @@ def batches_in(tokens: np.ndarray, batch_tokens: int) -> int:
 
 
 def find_shards(pattern: str, batch_tokens: int, batches: int, vocab_size: int) -> dict[str, int]:
-    """{path: tokens} of the shards, in sorted order, that the first `batches` batches come from. All is checked."""
+    """{path: tokens} of the shards, in sorted order, that the first `batches` batches come from. ValueError names
+    a shard that is missing, damaged, too short, or of another vocabulary."""
     paths = sorted(glob.glob(pattern))
     if not paths:
         raise ValueError(f"no file {pattern}: python data/cached_fineweb10B.py downloads FineWeb, "
@@ -165,10 +169,15 @@ def find_shards(pattern: str, batch_tokens: int, batches: int, vocab_size: int) 
         found[path] = len(tokens)
         available += batches_in(tokens, batch_tokens)
     if available < batches:
-        need = f"{len(found) * batches / available:.0f} such shards" if available else "longer shards"
         raise ValueError(f"{batches} batches of {batch_tokens} tokens are needed, {pattern} holds {available}: "
-                         f"make or download about {need} (data/), or lower train_steps")
+                         "make or download more shards (see data/), or ask for less")
     return found
+
+
+def fineweb_shards(hp: Hyperparameters) -> int:
+    """How many of FineWeb's training shards, of 100M tokens each, the run reads; 0 where it reads other files."""
+    batches = (100_000_000 - 2) // hp.batch_tokens
+    return -(-hp.train_steps // batches) if hp.train_files == Hyperparameters.train_files else 0
 
 
 class Place(NamedTuple):
@@ -294,7 +303,7 @@ class GPT(nn.Module):
 
 @torch.no_grad()
 def initialise(model: GPT, seed: int):
-    """Set every parameter. Drawn on the CPU in fp32, so that a seed means the same weights on every machine."""
+    """Set every parameter. Drawn on the CPU in fp32: a seed means the same weights whatever the GPU."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if name.endswith("gains"):
@@ -395,7 +404,8 @@ def facts(hp: Hyperparameters, place: Place, shards: dict[str, int], source: str
              f"with world_size {place.world}"]
     if gpu:
         import triton  # it is not installed without a GPU
-        lines.append("driver: " + output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"))
+        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
+        lines.append(f"driver: {driver}")
         lines.append(f"triton: {triton.__version__}")
     else:
         lines.append(f"threads: {torch.get_num_threads()}")
@@ -500,6 +510,8 @@ def peak_memory(place: Place) -> int:
 def train(model: GPT, hp: Hyperparameters, seed: int, batches, validation, place: Place, log: RunLog):
     """One trial, from a wholly fresh state to its log. Exits at a validation loss that is not finite."""
     initialise(model, seed)
+    for p in model.parameters():
+        dist.broadcast(p.detach(), 0)  # nodes of different processors draw different last bits
     optimizers = make_optimizers(model, hp)
     log.line(f"seed: {seed}")
     log_every = max(1, hp.train_steps // 128)  # to read a loss is to wait for the GPU
@@ -551,16 +563,22 @@ def train(model: GPT, hp: Hyperparameters, seed: int, batches, validation, place
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="train_gpt.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE | @RECIPE")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights (default 0)")
     parser.add_argument("--trials", type=int, default=1, help="runs in one process, of seeds SEED, SEED + 1, ...")
     parser.add_argument("--dry-run", action="store_true", help="check arguments and data, say what would run, and stop")
-    parser.error = lambda message: sys.exit(f"train_gpt.py: {message}; see --help")
+    parser.add_argument("--fineweb-shards", action="store_true", help="say how many the run reads, and stop")
+    parser.error = complain
     args = parser.parse_intermixed_args(argv)
-    if args.trials < 1:
-        parser.error(f"--trials {args.trials}: it is at least 1")
+    if args.trials < 1 or not 0 <= args.seed < 2**63 - args.trials:
+        parser.error(f"--seed {args.seed} --trials {args.trials}: seeds are 0 to 2^63 - 1, trials at least 1")
     return args
+
+
+def complain(message):
+    """End with one line a node, exit code 1: what a person did is told once, not by each rank."""
+    sys.exit(f"train_gpt.py: {message}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
 
 def plan(hp: Hyperparameters, world: int) -> str:
@@ -576,8 +594,14 @@ def main(argv: list[str]):
     # torchrun sets these; without it there is one process
     rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in
                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    gpus = torch.cuda.device_count()
     try:
         hp = override(args.overrides)
+        if args.fineweb_shards:
+            print(fineweb_shards(hp))
+            return
+        if 0 < gpus <= local_rank:
+            raise ValueError(f"process {local_rank} of this machine has no GPU: start {gpus}")
         for name in ("batch_tokens", "val_tokens"):
             sequences = getattr(hp, name) // hp.sequence_length
             if sequences % world:
@@ -586,26 +610,27 @@ def main(argv: list[str]):
                                  f"share equally: start {fewer}, or change {name}")
         shards = find_shards(hp.train_files, hp.batch_tokens, hp.train_steps, hp.vocab_size)
         val_shards = find_shards(hp.val_files, hp.val_tokens, 1, hp.vocab_size)
+        if args.dry_run:
+            print(plan(hp, world))
+            return
+        if world > 1 and "MASTER_ADDR" not in os.environ:
+            raise ValueError(f"WORLD_SIZE={world} but no MASTER_ADDR: start the processes with torchrun")
     except (OSError, ValueError) as error:
-        sys.exit(f"train_gpt.py: {error}" if local_rank == 0 else 1)
-    if args.dry_run:
-        print(plan(hp, world))
-        return
+        complain(error)
 
     source = render(flatten(Path(__file__), set()), hp)
-    gpu = torch.cuda.is_available()
-    place = Place(rank, world, torch.device("cuda", local_rank) if gpu else torch.device("cpu"))
-    if gpu:
+    place = Place(rank, world, torch.device("cuda", local_rank) if gpus else torch.device("cpu"))
+    if gpus:
         torch.cuda.set_device(place.device)
-    store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
-    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=world,
-                            device_id=place.device if gpu else None)
+    dist.init_process_group("nccl" if gpus else "gloo", store=dist.HashStore() if world == 1 else None,
+                            rank=rank, world_size=world, device_id=place.device if gpus else None)
     log = RunLog(time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:8] if rank == 0 else None)
-    for part in (source.rstrip("\n"), "=" * 100, facts(hp, place, shards | val_shards, source), "=" * 100):
-        log.line(part)
+    if rank == 0:
+        for part in (source.rstrip("\n"), "=" * 100, facts(hp, place, shards | val_shards, source), "=" * 100):
+            log.line(part)
     with place.device:
         model = GPT(hp)
-    if gpu:
+    if gpus:
         model.compile(dynamic=False)
     validation = next(read_batches(val_shards, hp.val_tokens, hp.sequence_length, place))
     for seed in range(args.seed, args.seed + args.trials):
@@ -613,6 +638,7 @@ def main(argv: list[str]):
         train(model, hp, seed, batches, validation, place, log)
     if rank == 0:
         print(f"log: {log.text.name}")
+    dist.barrier()  # a process that is gone while another still talks to it aborts that one
     dist.destroy_process_group()
 
 

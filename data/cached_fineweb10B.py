@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
-from shards import HEADER_BYTES, SHARD_TOKENS, check_shard, one_line_errors
+from shards import HEADER_BYTES, SHARD_TOKENS, check_shard, one_line_errors, write_manifest
 
 DATASET = "kjj0/fineweb10B-gpt2"
 FOLDER = Path(__file__).parent / "fineweb10B"
@@ -67,6 +67,9 @@ def main(arguments: list[str] | None = None) -> None:
     for number, name in enumerate(missing, 1):
         print(f"{name} ({number} of {len(missing)})", flush=True)
         fetch(name)
+    manifest = {"program": "data/cached_fineweb10B.py", "dataset": DATASET,
+                "shards": {name: {"tokens": check_shard(FOLDER / name)} for name in names}}
+    write_manifest(FOLDER, manifest)
     print(f"{FOLDER}: validation and {count} training shards are whole, {len(missing)} of them fetched now")
 
 

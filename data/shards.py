@@ -57,6 +57,13 @@ def write_shard(path: Path, tokens: np.ndarray) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """Writes manifest.json, which says what made the shards of a folder and from what, whole or not at all."""
+    temporary = folder / f".manifest.json.{os.getpid()}"
+    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+    os.replace(temporary, folder / "manifest.json")
+
+
 def cut(documents: Iterable[np.ndarray], shard_tokens: int) -> Iterator[np.ndarray]:
     """Yields all tokens in shards of shard_tokens; a document may span two, the last may be shorter."""
     if shard_tokens < 1:
@@ -89,15 +96,13 @@ def make_shards(folder: Path, prefix: str, shards: Iterable[np.ndarray], making:
             made[name] = {"tokens": len(tokens), "documents": documents, "sha256": sha256}
         if len(made) < 2:
             raise ValueError("the text ends within the validation shard; give more, or make that shard smaller")
-        manifest = Path(workshop, "manifest.json")
-        manifest.write_text(json.dumps({**making, "shards": made}, indent=2) + "\n")
         # The manifest goes first and comes last: a swap cut short must not look like a finished making.
         (folder / "manifest.json").unlink(missing_ok=True)
         for name in made:
             os.replace(Path(workshop, name), folder / name)
         for stale in set(folder.glob(f"{prefix}_train_*.bin")) - {folder / name for name in made}:
             stale.unlink()
-        os.replace(manifest, folder / "manifest.json")
+        write_manifest(folder, {**making, "shards": made})
     validation, *training = (shard["tokens"] for shard in made.values())
     tokens = f"{validation:,} validation and {sum(training):,} training tokens"
     return f"{folder}: {tokens} in {len(made)} shards"

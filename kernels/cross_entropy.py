@@ -48,8 +48,8 @@ class _RowBlocks(torch.autograd.Function):
 
 def softcapped_cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     """The reference's contract, but the logits may be overwritten: where a gradient is wanted on the CPU, it
-    takes their place. There the reference's passes over fp32 copies of all logits cost five times the head's
-    matrix products; on a GPU torch.compile fuses them."""
+    takes their place. There each of the reference's passes over an fp32 copy of all logits would go to memory and
+    back; on a GPU torch.compile fuses them."""
     if logits.is_cuda:
         return softcapped_cross_entropy_reference(logits, targets)
     return _RowBlocks.apply(logits, targets)

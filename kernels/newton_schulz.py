@@ -13,8 +13,8 @@ from torch import Tensor
 def newton_schulz_reference(X: Tensor, coefficients) -> Tensor:
     """The iteration on a stack X of shape (K, M, N), M <= N, with singular values at most about 1.
 
-    Each of the three products is accumulated in fp32 and rounded once to X's dtype, as the compiled script of
-    result #17 does; the epilogues b A + ... and a X + ... ride on the product and are not rounded apart.
+    Each of the three products is accumulated in fp32 and rounded once to X's dtype; the epilogues b A + ... and
+    a X + ... ride on it. That is one rounding fewer than the compiled script of result #17: it rounds b A apart.
     """
     for a, b, c in coefficients:
         A = torch.bmm(X, X.mT)

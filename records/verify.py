@@ -7,7 +7,7 @@ from records.program import UPSTREAM_TARGET, recipe, target
 from records.statistics import Judgement, judge
 
 # From the mean and deviation of its 20 published runs: its true margin is 0.00116 nats.
-FAITHFUL = "note: a faithful rerun of result #17 passes at 3175 in 1% of cases at n=1, 6% at n=4"
+FAITHFUL = "note: a faithful rerun of result #17 passes at 3175 in 0.5% of cases at n=1, 6% at n=4"
 
 
 def verify(names: list[str], mixed: bool, every_step: bool) -> bool:

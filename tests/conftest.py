@@ -43,5 +43,7 @@ def start(words: list[str], folder: Path, script: Path = ROOT / "train_gpt.py", 
     """Run the trainer in a folder: alone, or as a number of processes under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("TORCH", "RANK", "WORLD", "LOCAL_", "MASTER"))}
+    # on the CPU also where there is a GPU: the same bits are asked for, and more processes than it may have GPUs
+    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
     return subprocess.run([sys.executable, *launcher, str(script), *words], cwd=folder, text=True, capture_output=True,
-                          env=clean | {"OMP_NUM_THREADS": "1"} | environment, timeout=120)
+                          env=clean | settings, timeout=120)

@@ -80,6 +80,25 @@ def test_twenty_steps_follow_the_independent_loop():
         torch.testing.assert_close(p.detach(), w, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("gradient", [1e-6, 1e-8, 1e-10, 1e-12, 1e-20, 1e-23])
+@pytest.mark.parametrize("weight", [0, 1e-9, 1])
+def test_epsilons(gradient, weight):
+    """Kills: any epsilon of the record (1e-7, 1e-7, 1e-14, 1e-10, 1e-8, 1e-8) left out or of another size.
+
+    Gradients and weights so small that each of them decides, and rows of very different length for D's and the rows'.
+    """
+    for shape in (SQUARE, TALL, WIDE):
+        p = torch.nn.Parameter(weight * draw(*shape, dtype=torch.float64))
+        spread = torch.logspace(0, -17, shape[0], dtype=torch.float64)[:, None]
+        for rows in (1, spread):
+            start = p.detach().clone()
+            p.grad = gradient * rows * draw(*shape, seed=1, dtype=torch.float64)
+            Aurora([p], lr=1.0, polar=exact_polar).step()
+            expected, _ = step_64(start, p.grad, torch.zeros_like(start), 1.0, 0.0)
+            assert (p - expected).norm() <= 1e-9 * (expected - start).norm()
+            p.data.copy_(start)
+
+
 def test_muon_is_the_polar_factor_of_the_momentum():
     """Kills: balancing under direction="muon", contra or the floor left on at 0, the aspect factor of a wide matrix."""
     for shape, aspect in ((SQUARE, 1), (TALL, 3**0.5), (WIDE, 1)):
@@ -104,9 +123,11 @@ def test_balanced_polar_is_even_and_orthogonal():
 
 
 def test_wide_is_the_transpose_of_tall_and_square_is_polar():
-    """Kills: rows of a wide matrix evened (they are even already), a square matrix scaled before its polar factor."""
+    """Kills: rows of a wide matrix evened (they are even already), its iterations or beta lost on the way, a square
+    matrix scaled before its polar factor."""
     G = draw(*TALL)
-    assert torch.equal(balanced_polar(G.mT), balanced_polar(G).mT)
+    assert torch.equal(balanced_polar(G.mT, 3, 0.25), balanced_polar(G, 3, 0.25).mT)
+    assert not torch.equal(balanced_polar(G, 3, 0.25), balanced_polar(G))
     assert torch.equal(balanced_polar(draw(*SQUARE)), polar(draw(*SQUARE)))
 
 
@@ -150,11 +171,13 @@ def test_contra_keeps_the_length_and_damps_the_largest_direction():
 
 
 def test_floor_lifts_short_updates_and_leaves_long_ones():
-    """Kills: a ceiling for a floor, a ratio upside down."""
+    """Kills: a ceiling for a floor, a ratio upside down, an epsilon of another size."""
     U, W = draw(2, *TALL), draw(2, *TALL, seed=1) * torch.tensor([0.1, 100.0])[:, None, None]
     lifted = update_weight_floor(U, W, 0.35)
     assert torch.equal(lifted[0], U[0])
     torch.testing.assert_close(lifted[1], U[1] * 0.35 * W[1].norm() / U[1].norm())
+    tiny = 1e-9 * U[0] / U[0].norm()
+    torch.testing.assert_close(update_weight_floor(tiny, 0 * W[0], 3.0), 3 * tiny, rtol=1e-5, atol=0)  # both lengths count as 1e-8
 
 
 def test_gradients_and_inputs_are_left_as_they_were():
@@ -196,6 +219,7 @@ def train_from_equal_gradients() -> list[torch.Tensor]:
 def one_of_several(rank: int, world: int, folder: str):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     torch.save(train_from_equal_gradients(), f"{folder}/{rank}.pt")
+    dist.barrier()  # a process that is gone while another still talks to it aborts that one
     dist.destroy_process_group()
 
 

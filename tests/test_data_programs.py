@@ -299,7 +299,10 @@ def test_download_fetches_what_is_not_whole(hub):
     """Catches a damaged shard taken for whole, a whole one fetched again, and N counted from another number."""
     names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
     cached_fineweb10B.main(["2"])
-    assert hub.calls == names and sorted(contents(hub.folder)) == sorted(names)
+    assert hub.calls == names and sorted(contents(hub.folder)) == sorted([*names, "manifest.json"])
+    manifest = json.loads((hub.folder / "manifest.json").read_text())
+    assert manifest["dataset"] == "kjj0/fineweb10B-gpt2"
+    assert manifest["shards"] == {name: {"tokens": 10} for name in names}
     cached_fineweb10B.main(["2"])
     assert hub.calls == names
     (hub.folder / names[1]).write_bytes((hub.folder / names[1]).read_bytes()[:-2])

@@ -49,7 +49,7 @@ def test_polar_factor_of_a_well_conditioned_matrix_is_that_of_the_svd():
 def test_bf16_rounds_at_three_points_only():
     """Kills: an epilogue rounded apart from its product, accumulation in bf16.
 
-    The exact step in float64, rounded where the record rounds. fp32 sums may fall on the other side of a tie: 1%.
+    The exact step in float64, rounded after each product. fp32 sums may fall on the other side of a tie: 1%.
     """
     X = torch.randn(3, 64, 192, generator=torch.Generator().manual_seed(2)).bfloat16() / 16
     A = (X.double() @ X.double().mT).bfloat16().double()

@@ -45,13 +45,15 @@ def test_run_sh_with_gpus(tmp_path):
     for name in ("bin/nvidia-smi", ".venv/bin/pip", ".venv/bin/python", ".venv/bin/torchrun"):
         stub = tmp_path / name
         stub.parent.mkdir(parents=True, exist_ok=True)
-        stub.write_text('#!/bin/sh\ncase "$*" in *device_count*) echo 8; exit;; esac\n'
+        stub.write_text('#!/bin/sh\ncase "$*" in *device_count*) echo 8; exit;; -L) echo GPU 0; exit;; esac\n'
+                        'case "$*" in *--fineweb-shards*) echo 17;; esac\n'
                         f'echo "{stub.name} $* WORLD_SIZE=$WORLD_SIZE" >> calls\n')
         stub.chmod(0o755)
     (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")
     subprocess.run(["bash", "run.sh", "mu=0.9", "--seed", "3"], cwd=tmp_path, check=True,
                    env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin"})
     assert (tmp_path / "calls").read_text().splitlines() == [
+        "python train_gpt.py --fineweb-shards mu=0.9 --seed 3 WORLD_SIZE=",
         "python data/cached_fineweb10B.py 17 WORLD_SIZE=",
         "python train_gpt.py --dry-run mu=0.9 --seed 3 WORLD_SIZE=8",
         "torchrun --standalone --nproc_per_node=8 train_gpt.py mu=0.9 --seed 3 WORLD_SIZE=",

@@ -121,7 +121,7 @@ def damaged(folder, what):
     ("wrong magic", r"\S+train_000001.bin is not a token shard: delete it and make it again"),
     ("wrong version", r"\S+train_000001.bin is not a token shard: delete it and make it again"),
     ("wrong count", r"\S+train_000001.bin holds 2000 tokens, its header says 1999: delete it"),
-    ("few", r"40 batches of 256 tokens are needed, \S+ holds 7: make or download about 6 such shards"),
+    ("few", r"40 batches of 256 tokens are needed, \S+ holds 7: make or download more shards"),
     ("vocabulary", r"\S+train_000001.bin holds token 61999, vocab_size is 50304: delete it"),
 ])
 def test_bad_shards(what, says, small, tmp_path):
@@ -138,6 +138,9 @@ def test_bad_shards(what, says, small, tmp_path):
     (["learning_rate=1"], {}, "'learning_rate' is not a hyperparameter; the nearest is "),
     (["train_steps=many"], {}, "train_steps=many: train_steps takes a value of type int"),
     (["--sead", "1"], {}, "unrecognized arguments: --sead"),
+    (["--trials", "0"], {}, "--trials 0: seeds are 0 to 2^63 - 1, trials at least 1"),
+    (["--seed", str(2**63)], {}, "trials at least 1"),
+    ([], {"WORLD_SIZE": "2"}, "no MASTER_ADDR: start the processes with torchrun"),
     ([], {"WORLD_SIZE": "3"}, "batch_tokens=256 is 8 sequences, which 3 processes cannot share equally: start 2"),
 ])
 def test_bad_arguments(words, environment, says, small, tmp_path):

@@ -2,6 +2,7 @@
 
 import ast
 import math
+import time
 from dataclasses import FrozenInstanceError
 
 import numpy as np
@@ -181,9 +182,10 @@ def test_batches_are_upstreams(tmp_path):
 
 
 def test_gradients_do_not_depend_on_the_micro_batch(model, small):
-    """Kills: a mean over micro-batches, an embedding gradient that is overwritten, rounded for each of them, or lost.
+    """Kills: a mean over micro-batches, an embedding gradient that is overwritten, lost, or summed in bf16.
 
-    A micro-batch's own gradient is rounded to bf16 (2^-9), so sums over other partitions differ by about that.
+    A micro-batch's own gradient is rounded to bf16 (2^-9), so sums over other partitions differ by about that; the
+    embedding's must be exactly the fp32 sum of its micro-batches', rounded once.
     """
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     inputs, targets = torch.randint(400, (2, 8, 32), generator=torch.Generator().manual_seed(5))
@@ -192,12 +194,40 @@ def test_gradients_do_not_depend_on_the_micro_batch(model, small):
         hp = override([*small, f"micro_batch={micro_batch}"])
         loss = train_gpt.accumulate_gradients(model, inputs, targets, hp)
         results.append((loss.item(), [p.grad.float() for p in model.parameters()]))
+        embed_gradient = model.embed.weight.grad
         model.zero_grad()
+    parts = []
+    for sequence in zip(inputs.split(1), targets.split(1)):  # the last micro_batch above
+        model(*sequence).backward()
+        parts.append(model.embed.weight.grad.float())
+        model.zero_grad()
+    assert torch.equal(embed_gradient, sum(parts).bfloat16())
     torch.distributed.destroy_process_group()
     for loss, gradients in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-5)
         for g, reference in zip(gradients, results[0][1]):
             assert (g - reference).norm() < 0.02 * reference.norm()
+
+
+def test_clock_counts_training_alone():
+    """Kills: validation counted as training, a lap that is counted twice or not at all."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    clock = train_gpt.Clock(Place(0, 1, CPU))
+    time.sleep(0.05)
+    first = clock.read()
+    time.sleep(0.2)
+    clock.resume()
+    clock.read()
+    total = clock.read()
+    torch.distributed.destroy_process_group()
+    assert 0.05 <= first <= total < first + 0.2
+
+
+def test_how_many_shards_of_fineweb_a_run_reads():
+    """Kills: 16 or 18 shards for 3200 steps (190 batches each), a download for a run on other text."""
+    for words, shards in (([], 17), (["train_steps=3230"], 17), (["train_steps=3231"], 18),
+                          (["batch_tokens=1048576"], 34), (["train_files=a*.bin"], 0)):
+        assert train_gpt.fineweb_shards(override(words)) == shards
 
 
 def test_overrides(tmp_path):
@@ -215,6 +245,8 @@ def test_overrides(tmp_path):
     (["mu=nan"], "mu=nan: it is finite and not negative"),
     (["micro_batch=0"], "micro_batch=0: it is at least 1"),
     (["head_dim=100"], "head_dim=100 does not divide model_dim=768"),
+    (["adam_beta1=1.0"], "adam_beta1=1.0: the weight of the past is below 1"),
+    (["mu=1.5"], "mu=1.5: the weight of the past is below 1"),
     (["cooldown_frac=7"], "cooldown_frac=7.0: it is a fraction"),
     (["direction=sgd"], "direction='sgd'"),
     (["17"], "'17' is not understood: write NAME=VALUE or @RECIPE"),
