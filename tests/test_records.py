@@ -172,7 +172,7 @@ def test_failing_verdict(tmp_path, capsys):
     *_, verdict, note = out.splitlines()
     assert status == 1
     assert verdict.startswith("FAIL: no step passes; 3200 would need 16 runs at mean 3.279000 (")
-    assert note.startswith("note: a faithful rerun of result #17") and "1%" in note and "6%" in note
+    assert note.startswith("note: a faithful rerun of result #17") and "0.5%" in note and "6%" in note
     assert "\n      0 " not in out and "\n      0 " in verify(capsys, log, "--all")[1]
     _, out, _ = verify(capsys, write(tmp_path / "b.txt", *ends(3.1), source=OURS))
     assert out.endswith("; 3200 comes closest, at mean 3.100000 (n=1, target 3)\n")
