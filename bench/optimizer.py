@@ -136,7 +136,8 @@ def report(words: list[str], ms: dict[str, float], difference: float, device: to
     table = [f"# python -m bench.optimizer {' '.join(words)}".rstrip(), "",
              f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
              f"Python {platform.python_version()}, commit {commit}; medians of {STEPS - WARM_UP} steps, "
-             f"in turn in one process. From equal weights the two updates differ by {100 * difference:.1f}% at most.", "",
+             "in turn in one process. "
+             f"From equal weights the two updates differ by {100 * difference:.1f}% at most.", "",
              "| part of a step | ms |", "|---|---:|",
              *(f"| {name} | {t:.1f} |" for name, t in ms.items()),
              f"| whole step, one matrix at a time | {rest + old:.1f} |",

@@ -18,7 +18,7 @@ def newton_schulz_reference(X: Tensor, coefficients) -> Tensor:
     """
     for a, b, c in coefficients:
         A = torch.bmm(X, X.mT)
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c) if c else b * A
         X = torch.baddbmm(X, B, X, beta=a)
     return X
 

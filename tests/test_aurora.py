@@ -177,7 +177,8 @@ def test_floor_lifts_short_updates_and_leaves_long_ones():
     assert torch.equal(lifted[0], U[0])
     torch.testing.assert_close(lifted[1], U[1] * 0.35 * W[1].norm() / U[1].norm())
     tiny = 1e-9 * U[0] / U[0].norm()
-    torch.testing.assert_close(update_weight_floor(tiny, 0 * W[0], 3.0), 3 * tiny, rtol=1e-5, atol=0)  # both lengths count as 1e-8
+    lifted = update_weight_floor(tiny, 0 * W[0], 3.0)  # both lengths count as 1e-8
+    torch.testing.assert_close(lifted, 3 * tiny, rtol=1e-5, atol=0)
 
 
 def test_gradients_and_inputs_are_left_as_they_were():
