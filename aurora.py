@@ -27,8 +27,8 @@ all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else d
 def chebyshev_cubics(lowest: float, steps: int) -> tuple:
     """(a, b, 0) of the odd cubics a x + b x^3 that, one after the other, bring [lowest, 1] as near to 1 as can be.
 
-    Each takes an interval to one that is even around 1, [2 - u, u], the next one's. CANS, arXiv 2506.10935, whose table for [8.5e-4, 1]
-    this closed form gives to 14 digits.
+    Each takes an interval [low, high] to one that is even around 1, the interval of the next. This closed form gives
+    the table of CANS (arXiv 2506.10935) for lowest = 8.5e-4 to 14 digits.
     """
     low, high, table = lowest, 1.0, []
     for _ in range(steps):
