@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from aurora import DIRECTIONS, Aurora
+from kernels.bf16 import linear
 from kernels.cross_entropy import softcapped_cross_entropy_
 
 HERE = Path(__file__).resolve().parent
@@ -217,7 +218,7 @@ class RMSNorm(nn.Module):
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.type_as(x), self.bias.type_as(x))
+        return linear(x, self.weight, self.bias)
 
 
 class Rotary(nn.Module):

@@ -1,0 +1,24 @@
+"""Products of bf16 matrices on CPUs that cannot multiply them.
+
+Without AVX-512 PyTorch falls back to loops that are five to fifty times as slow as an fp32 product. So there the fp32
+product of the same bf16 numbers is taken and rounded: the same sums and the same rounding, in fp32's time.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# what PyTorch itself asks before it hands a bf16 product to oneDNN
+CPU_MULTIPLIES_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def needs_fp32(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and not x.is_cuda and not CPU_MULTIPLIES_BF16
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W^T + b with W (out, in) and b (out) cast to the dtype of x (..., in), accumulated in fp32, rounded once."""
+    weight, bias = weight.type_as(x), bias.type_as(x)
+    if needs_fp32(x):
+        return F.linear(x.float(), weight.float(), bias.float()).type_as(x)
+    return F.linear(x, weight, bias)
