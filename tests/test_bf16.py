@@ -31,7 +31,7 @@ def test_linear_rounds_its_result_and_gradients_once(cpu):
 
 
 def test_newton_schulz_rounds_alike(cpu):
-    """Kills: a product that is not rounded, an iteration that stays in fp32. In two steps, 5% of ties fall otherwise."""
+    """Kills: a product that is not rounded, an iteration that stays in fp32. 5% of ties fall otherwise."""
     X = torch.randn(3, 32, 96, generator=torch.Generator().manual_seed(1)).bfloat16() / 16
     exact = X.double()
     for a, b, c in [(2.0, -1.5, 0.5)] * 2:
