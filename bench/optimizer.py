@@ -8,7 +8,6 @@ meets both. Prints a table and writes it to bench/results/optimizer.md.
 
 import platform
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -131,7 +130,7 @@ def compare(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> float:
 def report(words: list[str], ms: dict[str, float], difference: float, device: torch.device):
     rest = ms["forward and backward"] + ms["AdamW"]
     old, new = ms["Aurora, one matrix at a time"], ms["Aurora, batched"]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    commit = train_gpt.output_of("git", "describe", "--always", "--dirty")
     where = torch.cuda.get_device_name() if device.type == "cuda" else train_gpt.processor()
     table = [f"# python -m bench.optimizer {' '.join(words)}".rstrip(), "",
              f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, "

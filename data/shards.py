@@ -48,20 +48,23 @@ def write_shard(path: Path, tokens: np.ndarray) -> str:
     """Writes a uint16 array as a shard, whole or not at all; returns the sha256 of the file."""
     assert tokens.dtype == np.uint16, "a wider type would wrap silently"
     raw = struct.pack("<256i", MAGIC, VERSION, len(tokens), *[0] * 253) + tokens.astype("<u2").tobytes()
+    write_whole(path, raw)
+    return hashlib.sha256(raw).hexdigest()
+
+
+def write_manifest(folder: Path, manifest: dict) -> None:
+    """Writes manifest.json, which says what made the shards of a folder and from what, whole or not at all."""
+    write_whole(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
+
+
+def write_whole(path: Path, raw: bytes) -> None:
+    """Writes beside the path and renames: a failure leaves what was there, and nothing else."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(raw)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    return hashlib.sha256(raw).hexdigest()
-
-
-def write_manifest(folder: Path, manifest: dict) -> None:
-    """Writes manifest.json, which says what made the shards of a folder and from what, whole or not at all."""
-    temporary = folder / f".manifest.json.{os.getpid()}"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-    os.replace(temporary, folder / "manifest.json")
 
 
 def cut(documents: Iterable[np.ndarray], shard_tokens: int) -> Iterator[np.ndarray]:
