@@ -1,18 +1,24 @@
-"""Aurora with Contra-Muon and the update/weight floor: the optimizer of result #17, for any stack of matrices.
+"""Aurora with Contra-Muon and the update/weight floor, the optimizer of result #17, and its family: Muon, NorMuon,
+U-NorMuon and four more forms of Aurora.
 
 Pure functions first; each takes single matrices (M, N) or stacks (K, M, N) in torch's layout (out_features,
 in_features) and changes none of its inputs. With W a weight, G its gradient, M its momentum, a step is
 
     M <- mu M + (1 - mu) G,    N = (1 - mu) G + mu M               Nesterov momentum
-    U  = balanced_polar(N)     ("aurora")  or  polar(N)  ("muon")
-    U <- contra(U, N) * sqrt(max(1, m / n))
-    U <- update_weight_floor(U, W)
+    U  = balanced_polar(N)                                         or the polar factor of another direction
+    U <- contra(U, N)
+    U <- normuon(U)                                                where the direction says so
+    U <- update_weight_floor(U * sqrt(max(1, m / n)), W)
     W <- (1 - lr wd) W - lr U
 
-Sources: Muon, github.com/KellerJordan/Muon; Aurora, arXiv 2606.27715 and github.com/tilde-research/aurora-release
-(its release of May 2026, which result #17 uses); Contra-Muon, nilin.github.io/contra-muon-and-soft-muon; the floor
-and every epsilon, github.com/KellerJordan/modded-nanogpt, records/track_3_optimization, result #17.
+Sources: Muon, github.com/KellerJordan/Muon; Aurora, arXiv 2606.27715 and github.com/tilde-research/aurora-release;
+NorMuon, arXiv 2510.05491; Contra-Muon, nilin.github.io/contra-muon-and-soft-muon; the floor and every epsilon,
+github.com/KellerJordan/modded-nanogpt, records/track_3_optimization, result #17.
 """
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -76,20 +82,39 @@ def at_least_fp32(X: Tensor) -> torch.dtype:
     return torch.promote_types(X.dtype, torch.float32)
 
 
-def polar(G: Tensor, coefficients=SIMPLE_QUINTIC_12, dtype=torch.bfloat16) -> Tensor:
+def schatten4(X: Tensor) -> Tensor:
+    """||X||_S4 = ||X^T X||_F^(1/2), shape (..., 1, 1): between the spectral norm and the Frobenius norm."""
+    X = X.to(at_least_fp32(X))
+    return frobenius(X.mT @ X if X.size(-2) > X.size(-1) else X @ X.mT).sqrt()
+
+
+def polar(G: Tensor, coefficients=SIMPLE_QUINTIC_12, dtype=torch.bfloat16, norm=frobenius) -> Tensor:
     """U V^T of the thin SVD G = U S V^T, approximately, computed and returned in `dtype`. polar(0) = 0.
 
-    Newton-Schulz moves each singular value s to p(...p(s / ||G||_F)). Those above 1e-3 ||G||_F end within 5e-6 of 1
+    Newton-Schulz moves each singular value s to p(...p(s / norm(G))). Those above 1e-3 norm(G) end within 5e-6 of 1
     with the record's table, 1e-14 with POLAR_EXPRESS_8 or CANS_12, .53 with QUINTIC_5, in exact arithmetic; smaller
-    ones fall short of 1. bf16 adds up to 7e-3 where G is well-conditioned.
+    ones fall short of 1. bf16 adds up to 7e-3 where G is well-conditioned; where it is not, rounding noise grows as
+    small singular values do, so that an exactly low-rank G gets more rank than it had.
     """
     X = G.to(dtype)
     tall = X.size(-2) > X.size(-1)
     if tall:
         X = X.mT
-    X = (X / (frobenius(X) + 1e-7)).to(dtype)  # singular values at most 1
+    X = (X / (norm(X) + 1e-7)).to(dtype)  # singular values at most 1
     X = newton_schulz(X.reshape(-1, *X.shape[-2:]), coefficients).view(X.shape)
     return X.mT if tall else X
+
+
+# the routines of other publications
+jordan_polar = partial(polar, coefficients=QUINTIC_5)
+cans_polar = partial(polar, coefficients=CANS_12, dtype=torch.float32)
+polar_express = partial(polar, coefficients=POLAR_EXPRESS_8, dtype=torch.float32)
+schatten4_polar = partial(polar, norm=schatten4)
+
+
+def row_norms(X: Tensor) -> Tensor:
+    """||X_i|| of each row, shape (..., M, 1), in fp32 or better."""
+    return torch.linalg.vector_norm(X, dim=-1, keepdim=True, dtype=at_least_fp32(X))
 
 
 def balanced_polar(G: Tensor, pp_iterations: int = 2, pp_beta: float = 0.5, polar=polar) -> Tensor:
@@ -98,7 +123,7 @@ def balanced_polar(G: Tensor, pp_iterations: int = 2, pp_beta: float = 0.5, pola
     Tall G (m > n):  D = 1 / ||G_i||;  U = polar(D G);  D_i <- D_i ((n / m) / ||U_i||^2)^pp_beta;  U = polar(D G); ...
     with `pp_iterations` polar factors in all. U^T U = I as far as `polar` goes, and ||U_i||^2 comes near n / m.
     Wide G is transposed, so its columns are evened; square G has even rows already and gets its polar factor.
-    A zero row stays zero. (The paper's own pp_beta means the opposite: there larger is more damping.)
+    A zero row stays zero. With one polar factor this is MuonEq-R (arXiv 2603.28254).
     """
     m, n = G.shape[-2:]
     if m == n:
@@ -106,13 +131,101 @@ def balanced_polar(G: Tensor, pp_iterations: int = 2, pp_beta: float = 0.5, pola
     if m < n:
         return balanced_polar(G.mT, pp_iterations, pp_beta, polar).mT
     G = G.to(at_least_fp32(G))
-    D = 1 / G.norm(dim=-1, keepdim=True).clamp(min=1e-7)
+    D = 1 / row_norms(G).clamp(min=1e-7)
     U = polar(D * G)
     for _ in range(pp_iterations - 1):
-        row_sq = U.to(G.dtype).square().sum(dim=-1, keepdim=True).clamp(min=1e-14)
+        row_sq = row_norms(U.to(G.dtype)).square().clamp(min=1e-14)
         D = D * (n / m / row_sq).pow(pp_beta)
         U = polar(D * G)
     return U
+
+
+def tall_balanced_polar(G: Tensor, pp_iterations: int = 2, pp_beta: float = 0.5, polar=cans_polar) -> Tensor:
+    """Aurora, release of July 2026: balanced_polar for tall G, whose rows are neurons; polar for all others."""
+    return balanced_polar(G, pp_iterations, pp_beta, polar) if G.size(-2) > G.size(-1) else polar(G)
+
+
+def wide_balanced_polar(G: Tensor, polar=schatten4_polar) -> Tensor:
+    """Aurora as in result #30 of track 3: columns of wide G evened, in three milder rounds; polar for all others."""
+    return balanced_polar(G, 3, 0.25, polar) if G.size(-2) < G.size(-1) else polar(G)
+
+
+def paper_balanced_polar(G: Tensor, pp_iterations: int = 2, pp_damping: float = 0.5, polar=cans_polar) -> Tensor:
+    """Aurora, Algorithm 3 of arXiv 2606.27715: rows scaled and polar factors taken in turn, for tall G; else polar.
+
+    X = G / ||G||_F, D = 1;   D_i <- D_i^pp_damping ||X_i||^(1 - pp_damping),  X <- polar(sqrt(n / m) D^-1 X);  ...
+    The paper writes beta for pp_damping, which pulls the other way from the releases' pp_beta: at 0 each round evens
+    the rows wholly. Here polar acts on the last X, there always on G, so the two agree in row norms alone.
+    Read from three ports of the algorithm, github.com/NVIDIA-NeMo/Emerging-Optimizers among them.
+    """
+    m, n = G.shape[-2:]
+    if m <= n:
+        return polar(G)
+    X = G.to(at_least_fp32(G))
+    X = X / frobenius(X).clamp(min=1e-7)
+    D = torch.ones_like(X[..., :1])
+    for _ in range(pp_iterations):
+        D = D**pp_damping * row_norms(X).clamp(min=1e-7) ** (1 - pp_damping)
+        X = polar((n / m) ** 0.5 * X / D).to(D.dtype)
+    return X
+
+
+def riemannian_balanced_polar(G: Tensor, steps: int = 3, step_size: float = 0.1, polar=polar_express) -> Tensor:
+    """Riemannian Aurora: climbs from balanced_polar(G) towards the U of largest <G, U> with U^T U = I and even rows.
+
+    A step goes along the part of G, in units of its mean singular value, that is tangent to both constraints, and
+    back onto them by evening rows and taking the polar factor, twice. Wide G is transposed, square G gets `polar`.
+    After riemannian_aurora.py of github.com/tilde-research/aurora-release, which starts from polar(G), steps in units
+    of G itself and so depends on its scale, and regularises otherwise. 9 polar factors; for studies, not for speed.
+    """
+    m, n = G.shape[-2:]
+    if m == n:
+        return polar(G)
+    if m < n:
+        return riemannian_balanced_polar(G.mT, steps, step_size, polar).mT
+    G = G.to(at_least_fp32(G))
+    mean_sigma = (G * polar(G)).sum(dim=(-2, -1), keepdim=True) / n
+    G = G / mean_sigma.clamp(min=torch.finfo(G.dtype).tiny)
+    U = balanced_polar(G, polar=polar).to(G.dtype)
+    for _ in range(steps):
+        U = U + step_size * balanced_tangent(U, G)
+        for _ in range(2):
+            U = polar((n / m) ** 0.5 * U / row_norms(U).clamp(min=1e-7)).to(G.dtype)
+    return U
+
+
+def balanced_tangent(U: Tensor, G: Tensor) -> Tensor:
+    """The part Z of G that keeps U^T U = I and ||U_i||^2 = n / m to first order: sym(U^T Z) = 0, <U_i, Z_i> = 0.
+
+    Z = G - U S - diag(l) U  with  S = sym(U^T G) - U^T diag(l) U  and  (n / m - P o P) l = q,  P = U U^T,
+    q_i = <G_i - (U sym(U^T G))_i, U_i>. Ten steps of conjugate gradients solve for l, up to the constant it is free in.
+    """
+    m, n = U.shape[-2:]
+
+    def dots(X, Y):
+        return (X * Y).sum(dim=-1, keepdim=True)
+
+    def total(X):
+        return X.sum(dim=-2, keepdim=True)
+
+    B = U.mT @ G
+    B = (B + B.mT) / 2
+    q = dots(G - U @ B, U)
+    q = q - total(q) / m
+    # P o P has row sums ||U_i||^2: with their largest the operator is positive, also where rows are not yet even
+    diagonal = dots(U, U).amax(dim=-2, keepdim=True).clamp(min=n / m)
+    tiny = torch.finfo(U.dtype).tiny
+    solution, residual, search = torch.zeros_like(q), q, q
+    for _ in range(10):
+        image = diagonal * search - dots(U @ (U.mT @ (search * U)), U)
+        size = total(residual**2)
+        length = size / total(search * image).clamp(min=tiny)
+        solution = solution + length * search
+        residual = residual - length * image
+        search = residual + total(residual**2) / size.clamp(min=tiny) * search
+    multiplier = solution - total(solution) / m
+    S = B - U.mT @ (multiplier * U)
+    return G - U @ S - multiplier * U
 
 
 def spectral_norm(G: Tensor, iterations: int = 5) -> Tensor:
@@ -140,22 +253,141 @@ def update_weight_floor(U: Tensor, W: Tensor, target: float = 0.35) -> Tensor:
     return U * (target * frobenius(W).clamp(min=1e-8) / frobenius(U).clamp(min=1e-8)).clamp(min=1)
 
 
-DIRECTIONS = ("aurora", "muon")
+def normuon(U: Tensor, second_moment: Tensor, beta2: float = 0.95) -> tuple[Tensor, Tensor]:
+    """NorMuon (arXiv 2510.05491 and its code): rows scaled by a running mean of their squares, ||U||_F kept.
+
+    v <- beta2 v + (1 - beta2) mean_j U_ij^2;  Z = U / (sqrt(v) + 1e-10);  returns Z ||U||_F / ||Z||_F and v.
+    v begins at zero; its shape says what it averages over: (..., M, 1) scales rows, (..., 1, N) columns.
+    """
+    U, second_moment = with_mean_square(U, second_moment, beta2)
+    return of_length(frobenius(U), U / (second_moment.sqrt() + 1e-10)), second_moment
+
+
+def normuon_lite(U: Tensor, second_moment: Tensor, beta2: float = 0.95) -> tuple[Tensor, Tensor]:
+    """NorMuon as results #9, #10 and #11 of track 3 have it: the square root's argument is at least 1e-10."""
+    U, second_moment = with_mean_square(U, second_moment, beta2)
+    return of_length(frobenius(U), U / second_moment.clamp(min=1e-10).sqrt()), second_moment
+
+
+def with_mean_square(U: Tensor, second_moment: Tensor, beta2: float) -> tuple[Tensor, Tensor]:
+    U = U.to(at_least_fp32(U))
+    over = -1 if second_moment.size(-1) == 1 else -2
+    return U, second_moment.lerp(U.square().mean(dim=over, keepdim=True), 1 - beta2)
+
+
+def of_length(length: Tensor, Z: Tensor) -> Tensor:
+    return Z * length / frobenius(Z).clamp(min=1e-10)
+
+
+def u_normuon(U: Tensor) -> Tensor:
+    """U-NorMuon, without state: every row of a polar factor gets the length that even rows have, min(1, sqrt(n / m)).
+
+    Even rows at the cost of orthogonality: where Aurora scales rows before the polar factor, this does so after it.
+    From the blog of Aurora's authors, blog.tilderesearch.com/blog/aurora, as others report it.
+    """
+    m, n = U.shape[-2:]
+    U = U.to(at_least_fp32(U))
+    return min(1, n / m) ** 0.5 * U / row_norms(U).clamp(min=1e-10)
+
+
+def leverage_scores(X: Tensor) -> Tensor:
+    """diag(X (X^T X)^-1 X^T), shape (..., M): squared row norms of X's polar factor, by QR. In [0, 1], of sum rank X.
+
+    X has full rank; a neuron's share of its layer's update. Even scores are n / m on tall X, 1 on others.
+    """
+    return torch.linalg.qr(X.to(at_least_fp32(X))).Q.square().sum(dim=-1)
+
+
+def row_norm_cv(X: Tensor) -> Tensor:
+    """Coefficient of variation of the row norms: their (population) deviation over their mean."""
+    rows = row_norms(X).squeeze(-1)
+    return rows.std(dim=-1, correction=0) / rows.mean(dim=-1)
+
+
+def orthogonality_defect(U: Tensor) -> Tensor:
+    """||U^T U - I||_F / n, of the smaller side: the paper's normalisation, which shrinks as n grows."""
+    U = U.to(at_least_fp32(U))
+    U = U if U.size(-2) >= U.size(-1) else U.mT
+    n = U.size(-1)
+    return frobenius(U.mT @ U - torch.eye(n, dtype=U.dtype, device=U.device)).flatten(-3) / n
+
+
+def alignment(U: Tensor, G: Tensor) -> Tensor:
+    """<G, U> / ||G||_*: first-order decrease per unit of spectral norm, 1 for the polar factor of G and below else."""
+    G = G.to(at_least_fp32(G))
+    return (G * U).sum(dim=(-2, -1)) / torch.linalg.matrix_norm(G, "nuc")
+
+
+def muon(G: Tensor, polar=polar) -> Tensor:
+    """Muon (github.com/KellerJordan/Muon): the polar factor."""
+    return polar(G)
+
+
+class Direction(NamedTuple):
+    """What of a step differs between the optimizers of this family."""
+    factor: Callable  # (N, polar=its publication's) -> U
+    normalise: Callable | None = None  # after contra: U -> U, or (U, second moment) -> both
+    second_moment: Callable | None = None  # (m, n) -> its shape, where `normalise` keeps one
+    balances: bool = False  # `factor` takes pp_iterations and pp_beta
+
+
+DIRECTIONS = {
+    "aurora": Direction(balanced_polar, balances=True),  # result #17
+    "aurora_july": Direction(tall_balanced_polar, balances=True),
+    "aurora_paper": Direction(paper_balanced_polar),
+    "aurora_wide": Direction(wide_balanced_polar),  # result #30
+    "riemannian_aurora": Direction(riemannian_balanced_polar),
+    "muon": Direction(muon),
+    "normuon": Direction(partial(muon, polar=jordan_polar), normuon, lambda m, n: (m, 1)),
+    # results #9, #10 and #11: along the longer side
+    "normuon_lite": Direction(muon, normuon_lite, lambda m, n: (m, 1) if m >= n else (1, n)),
+    "u_normuon": Direction(muon, u_normuon),
+}
+
+
+def check_direction(name: str, pp_iterations: int, pp_beta: float):
+    """ValueError for an unknown name, and for pp_iterations or pp_beta changed where a direction has none."""
+    if name not in DIRECTIONS:
+        raise ValueError(f"direction={name!r}: it is one of {', '.join(DIRECTIONS)}")
+    if not DIRECTIONS[name].balances and (pp_iterations, pp_beta) != (2, 0.5):
+        raise ValueError(f"pp_iterations={pp_iterations} pp_beta={pp_beta} have no meaning for direction={name!r}: "
+                         f"they belong to {' and '.join(d for d in DIRECTIONS if DIRECTIONS[d].balances)}")
 
 
 class Aurora(torch.optim.Optimizer):
     """The update rule at the head of this file, for the 2-D weights of hidden layers. Defaults: result #17.
 
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 32), torch.nn.Flatten(),
+    ...                             torch.nn.Linear(128, 256), torch.nn.ReLU(), torch.nn.Linear(256, 100))
+    >>> matrices = [layer.weight for layer in (model[2], model[4])]
+    >>> others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    >>> optimizers = [Aurora(matrices, lr=0.02), torch.optim.AdamW(others, lr=0.01)]
+    >>> cooldown = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.1, 50) for o in optimizers]
+    >>> inputs, targets = torch.randint(100, (64, 4)), torch.arange(64)
+    >>> for step in range(50):
+    ...     loss = torch.nn.functional.cross_entropy(model(inputs), targets)
+    ...     loss.backward()  # then all-reduce the gradients, if there are several processes
+    ...     for part in optimizers + cooldown:
+    ...         part.step()
+    ...     model.zero_grad()
+    >>> loss.item() < 0.1
+    True
+
+    `direction` is a name in DIRECTIONS; contra=0 and uw_floor=0 switch those two off. `polar` is any function from a
+    stack to its polar factors, in place of the direction's own. A convolution's filters can share their memory with
+    a matrix that is optimized in their place: m = torch.nn.Parameter(conv.weight.detach().flatten(1)), and before
+    each step m.grad = conv.weight.grad.flatten(1).
+
     Needs the same gradients on every rank (all-reduced). Parameters of one shape form a stack; each rank owns an
-    equal run of the stack, keeps the momentum of those matrices alone, updates them in one batched call, and
+    equal run of the stack, keeps the state of those matrices alone, in fp32, updates them in one batched call, and
     gathers the others' weights. The number of ranks changes no bit of the result on the CPU, and on GPUs nothing
     but what a batched product may round differently for another size of stack. Gradients are not changed.
-    `polar` is any function from a stack to its polar factors.
+    state_dict() is a collective: every rank calls it, each gets the whole, and any number of ranks can load it.
     """
 
     def __init__(self, params, lr: float = 0.0375, weight_decay: float = 0.0, mu: float = 0.95,
                  direction: str = "aurora", pp_iterations: int = 2, pp_beta: float = 0.5,
-                 contra: float = 0.4, uw_floor: float = 0.35, polar=polar):
+                 contra: float = 0.4, uw_floor: float = 0.35, polar=None):
         self.polar = polar
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, mu=mu, direction=direction,
                                       pp_iterations=pp_iterations, pp_beta=pp_beta,
@@ -164,12 +396,11 @@ class Aurora(torch.optim.Optimizer):
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if group["direction"] not in DIRECTIONS:
-            raise ValueError(f"direction={group['direction']!r}: it is one of {', '.join(DIRECTIONS)}")
+        check_direction(group["direction"], group["pp_iterations"], group["pp_beta"])
         for p in group["params"]:
             if p.ndim != 2:
-                raise ValueError(f"Aurora updates matrices, got a parameter of shape {tuple(p.shape)}: give "
-                                 "vectors and embeddings to AdamW, and convolutions as views (out, -1)")
+                raise ValueError(f"Aurora updates matrices, got a parameter of shape {tuple(p.shape)}: give vectors "
+                                 "and embeddings to AdamW, and convolutions as matrices (see Aurora's docstring)")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -177,43 +408,79 @@ class Aurora(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         gathers = []  # one stack's weights travel while the next one is computed
         for group in self.param_groups:
-            for params in stacks([p for p in group["params"] if p.grad is not None]):
-                share = -(-len(params) // world)  # the last owners may have less, or nothing
-                mine = params[rank * share:(rank + 1) * share]
+            for params in stacks(group["params"]):
+                if all(p.grad is None for p in params):
+                    continue
+                owned, share = owned_by_this_rank(params)
                 shard = params[0].new_empty(share, *params[0].shape)
-                if mine:
-                    shard[:len(mine)] = self._updated(mine, group)
+                moving = [i for i, p in enumerate(owned) if p.grad is not None]
+                if moving:
+                    shard[moving] = self._updated([owned[i] for i in moving], group).to(shard.dtype)
                 weights, work = shard, None
-                if world > 1:
-                    weights = shard.new_empty(world * share, *shard.shape[1:])
+                if dist.is_initialized() and dist.get_world_size() > 1:
+                    weights = shard.new_empty(dist.get_world_size() * share, *shard.shape[1:])
                     work = all_gather(weights, shard, async_op=True)
                 gathers.append((params, weights, work))
         for params, weights, work in gathers:
             if work is not None:
                 work.wait()
-            torch._foreach_copy_(params, list(weights[:len(params)]))
+            moved = [(p, w) for p, w in zip(params, weights) if p.grad is not None]
+            torch._foreach_copy_(*map(list, zip(*moved)))
         return loss
 
     def _updated(self, params, group) -> Tensor:
-        """The new weights of the matrices that this rank owns, as one stack."""
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-        gradients = [p.grad for p in params]
-        momenta = [self.state[p]["momentum"] for p in params]
+        """The new weights of matrices that this rank owns, as one stack."""
+        direction = DIRECTIONS[group["direction"]]
+        m, n = params[0].shape
+        gradients = [p.grad.to(at_least_fp32(p)) for p in params]
+        momenta = self._state(params, "momentum", (m, n))
         torch._foreach_lerp_(momenta, gradients, 1 - group["mu"])
         N = torch.stack(torch._foreach_lerp(gradients, momenta, group["mu"]))
-        W = torch.stack(params)
-        if group["direction"] == "muon":
-            U = self.polar(N)
-        else:
-            U = balanced_polar(N, group["pp_iterations"], group["pp_beta"], self.polar)
-        U = contra(U, N, group["contra"]) * max(1, N.size(-2) / N.size(-1)) ** 0.5
-        U = update_weight_floor(U, W, group["uw_floor"])
-        return W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(U, alpha=group["lr"])
+        options = dict(polar=self.polar) if self.polar else {}
+        if direction.balances:
+            options |= dict(pp_iterations=group["pp_iterations"], pp_beta=group["pp_beta"])
+        U = direction.factor(N, **options).to(N.dtype)
+        if group["contra"]:
+            U = contra(U, N, group["contra"])
+        if direction.second_moment:
+            moments = self._state(params, "second_moment", direction.second_moment(m, n))
+            U, new_moments = direction.normalise(U, torch.stack(moments))
+            torch._foreach_copy_(moments, list(new_moments))
+        elif direction.normalise:
+            U = direction.normalise(U)
+        W = torch.stack(params).to(N.dtype)
+        U = update_weight_floor(U * max(1, m / n) ** 0.5, W, group["uw_floor"])
+        return W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(U.mul_(group["lr"]))
+
+    def _state(self, params, name: str, shape) -> list[Tensor]:
+        """A state tensor of each parameter, in fp32 or better; zero before its first step."""
+        for p in params:
+            if name not in self.state[p]:
+                self.state[p][name] = torch.zeros(shape, dtype=at_least_fp32(p), device=p.device)
+        return [self.state[p][name] for p in params]
+
+    def state_dict(self) -> dict:
+        whole = super().state_dict()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            shares = [None] * dist.get_world_size()
+            # by way of the CPU: a tensor would be unpacked on the sender's GPU
+            dist.all_gather_object(shares, {index: {name: x.cpu() for name, x in state.items()}
+                                            for index, state in whole["state"].items()})
+            whole["state"] = {index: state for share in shares for index, state in share.items()}
+        return whole
+
+    def load_state_dict(self, state_dict: dict):
+        super().load_state_dict(state_dict)
+        # torch casts state to the parameter's dtype, bf16 perhaps, and gives every rank the state of all
+        owned = {p for group in self.param_groups for params in stacks(group["params"])
+                 for p in owned_by_this_rank(params)[0]}
+        params = [p for group in self.param_groups for p in group["params"]]
+        self.state.clear()
+        for index, state in state_dict["state"].items():
+            if (p := params[index]) in owned:
+                self.state[p] = {name: x.to(p.device, copy=True) for name, x in state.items()}
 
 
 def stacks(params) -> list:
@@ -222,3 +489,10 @@ def stacks(params) -> list:
     for p in params:
         alike.setdefault((p.shape, p.dtype, p.device), []).append(p)
     return sorted(alike.values(), key=lambda stack: -stack[0].numel())
+
+
+def owned_by_this_rank(params) -> tuple[list, int]:
+    """This rank's equal run of a stack, and how long a run is; the last ranks may own less, or nothing."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    share = -(-len(params) // world)
+    return params[rank * share:(rank + 1) * share], share
