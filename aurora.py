@@ -135,7 +135,8 @@ def balanced_polar(G: Tensor, pp_iterations: int = 2, pp_beta: float = 0.5, pola
     U = polar(D * G)
     for _ in range(pp_iterations - 1):
         row_sq = row_norms(U.to(G.dtype)).square().clamp(min=1e-14)
-        D = D * (n / m / row_sq).pow(pp_beta)
+        # a zero row has D grow by 5e6 a round: from the sixth it would be inf, and inf * 0 poisons all rows
+        D = (D * (n / m / row_sq).pow(pp_beta)).clamp(max=1e30)
         U = polar(D * G)
     return U
 
@@ -309,7 +310,7 @@ def orthogonality_defect(U: Tensor) -> Tensor:
     U = U.to(at_least_fp32(U))
     U = U if U.size(-2) >= U.size(-1) else U.mT
     n = U.size(-1)
-    return frobenius(U.mT @ U - torch.eye(n, dtype=U.dtype, device=U.device)).flatten(-3) / n
+    return frobenius(U.mT @ U - torch.eye(n, dtype=U.dtype, device=U.device))[..., 0, 0] / n
 
 
 def alignment(U: Tensor, G: Tensor) -> Tensor:
@@ -352,6 +353,10 @@ def check_direction(name: str, pp_iterations: int, pp_beta: float):
     if not DIRECTIONS[name].balances and (pp_iterations, pp_beta) != (2, 0.5):
         raise ValueError(f"pp_iterations={pp_iterations} pp_beta={pp_beta} have no meaning for direction={name!r}: "
                          f"they belong to {' and '.join(d for d in DIRECTIONS if DIRECTIONS[d].balances)}")
+
+
+# Elements updated in one call, 7 matrices of 768 x 768: what a step needs beyond the weights does not grow with depth.
+AT_ONCE = 2**22
 
 
 class Aurora(torch.optim.Optimizer):
@@ -408,7 +413,7 @@ class Aurora(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gathers = []  # one stack's weights travel while the next one is computed
+        travelling = None  # one stack's weights travel while the next one is computed
         for group in self.param_groups:
             for params in stacks(group["params"]):
                 if all(p.grad is None for p in params):
@@ -416,18 +421,12 @@ class Aurora(torch.optim.Optimizer):
                 owned, share = owned_by_this_rank(params)
                 shard = params[0].new_empty(share, *params[0].shape)
                 moving = [i for i, p in enumerate(owned) if p.grad is not None]
-                if moving:
-                    shard[moving] = self._updated([owned[i] for i in moving], group).to(shard.dtype)
-                weights, work = shard, None
-                if dist.is_initialized() and dist.get_world_size() > 1:
-                    weights = shard.new_empty(dist.get_world_size() * share, *shard.shape[1:])
-                    work = all_gather(weights, shard, async_op=True)
-                gathers.append((params, weights, work))
-        for params, weights, work in gathers:
-            if work is not None:
-                work.wait()
-            moved = [(p, w) for p, w in zip(params, weights) if p.grad is not None]
-            torch._foreach_copy_(*map(list, zip(*moved)))
+                at_once = max(1, AT_ONCE // params[0].numel())
+                for some in (moving[i:i + at_once] for i in range(0, len(moving), at_once)):
+                    shard[some] = self._updated([owned[i] for i in some], group).to(shard.dtype)
+                arrive(travelling)
+                travelling = send(params, shard)
+        arrive(travelling)
         return loss
 
     def _updated(self, params, group) -> Tensor:
@@ -437,7 +436,8 @@ class Aurora(torch.optim.Optimizer):
         gradients = [p.grad.to(at_least_fp32(p)) for p in params]
         momenta = self._state(params, "momentum", (m, n))
         torch._foreach_lerp_(momenta, gradients, 1 - group["mu"])
-        N = torch.stack(torch._foreach_lerp(gradients, momenta, group["mu"]))
+        N = torch.stack(gradients)
+        torch._foreach_lerp_(list(N), momenta, group["mu"])
         options = dict(polar=self.polar) if self.polar else {}
         if direction.balances:
             options |= dict(pp_iterations=group["pp_iterations"], pp_beta=group["pp_beta"])
@@ -489,6 +489,25 @@ def stacks(params) -> list:
     for p in params:
         alike.setdefault((p.shape, p.dtype, p.device), []).append(p)
     return sorted(alike.values(), key=lambda stack: -stack[0].numel())
+
+
+def send(params, shard: Tensor):
+    """Start to gather every rank's shard of a stack's new weights; what arrive() needs to finish."""
+    weights, work = shard, None
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        weights = shard.new_empty(dist.get_world_size() * len(shard), *shard.shape[1:])
+        work = all_gather(weights, shard, async_op=True)
+    return params, weights, work
+
+
+def arrive(travelling):
+    """Put gathered weights into the parameters that have a gradient."""
+    if travelling is not None:
+        params, weights, work = travelling
+        if work is not None:
+            work.wait()
+        moved = [(p, w) for p, w in zip(params, weights) if p.grad is not None]
+        torch._foreach_copy_(*map(list, zip(*moved)))
 
 
 def owned_by_this_rank(params) -> tuple[list, int]:

@@ -1,0 +1,111 @@
+"""Time and memory of an optimizer step over the 72 matrices of GPT-2 small, for some directions.
+
+    python -m bench.directions [DIRECTION ...] [NAME=VALUE ...]      default: muon aurora
+
+NAME=VALUE overrides Hyperparameters, such as model_dim=256. `one matrix at a time` is result #17 as its script writes it
+(bench/optimizer.py); aurora is checked against it first. All step in turn in one process, on equal gradients, so that a
+drift of the machine's speed meets all. Prints a table and writes it to bench/results/directions.md.
+"""
+
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+import train_gpt
+from aurora import Aurora, stacks
+from bench.optimizer import OneByOne, compare
+
+ROUNDS = 3
+RESULT = Path(__file__).parent / "results" / "directions.md"
+
+
+def matrices(hp: train_gpt.Hyperparameters, device: torch.device) -> list[torch.nn.Parameter]:
+    """Weights of the blocks' shapes, each with a gradient, both random."""
+    with torch.device("meta"):
+        shapes = [p.shape for p in train_gpt.GPT(hp).blocks.parameters() if p.ndim == 2]
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator).mul_(0.02).to(device)) for s in shapes]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(device)
+    return params
+
+
+def seconds(work, device: torch.device) -> float:
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def peak(work, device: torch.device) -> int:
+    """Bytes of tensors that exist at once during a call, at most, above those from before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        work()
+    held = most = 0
+    events = (e for e in record.profiler.kineto_results.events() if e.name() == "[memory]")
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def main(words: list[str]):
+    names = [word for word in words if "=" not in word] or ["muon", "aurora"]
+    hp = train_gpt.override([word for word in words if "=" in word])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    params = matrices(hp, device)
+    group = dict(lr=1e-6)  # so small that the weights stay what they are
+    # of one block, the first six: on the CPU a step over all takes minutes
+    difference = compare(Aurora(params[:6], **group), OneByOne(params[:6], group))
+    optimizers = {name: Aurora(params, direction=name, **group) for name in names}
+    optimizers["one matrix at a time"] = OneByOne(params, group)
+    times, memory = {name: [] for name in optimizers}, {}
+    largest = max(sum(4 * p.numel() for p in stack) for stack in stacks(params))
+    with tqdm(total=(ROUNDS + 1) * len(optimizers), disable=None) as bar:
+        for _ in range(ROUNDS):
+            for name, optimizer in optimizers.items():
+                times[name].append(seconds(optimizer.step, device))
+                bar.update()
+        for name, optimizer in optimizers.items():
+            memory[name] = peak(optimizer.step, device) / largest
+            bar.update()
+    report(words, {name: statistics.median(t) for name, t in times.items()}, memory,
+           f"{len(params)} matrices", difference, device)
+
+
+def report(words, times, memory, what, difference, device):
+    commit = train_gpt.output_of("git", "describe", "--always", "--dirty")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else train_gpt.processor()
+    one, aurora = times["one matrix at a time"], times.get("aurora")
+    table = [f"# python -m bench.directions {' '.join(words)}".rstrip(), "",
+             f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+             f"Python {platform.python_version()}, commit {commit}; {what}, medians of {ROUNDS} steps, in turn in one "
+             f"process. On one block aurora and one matrix at a time differ by {100 * difference:.1f}% of an update at "
+             "most (bf16). Memory: the most that a step holds beyond weights, gradients and state, in fp32 copies of "
+             "the largest stack.", "",
+             "| direction | s a step | of the first | memory |", "|---|---:|---:|---:|"]
+    first = next(iter(times.values()))
+    table += [f"| {name} | {t:.2f} | {t / first:.2f} | {memory[name]:.1f} |" for name, t in times.items()]
+    if aurora:
+        table += ["", f"aurora is {one / aurora:.2f} times as fast as one matrix at a time."]
+    RESULT.write_text("\n".join(table) + "\n")
+    print("\n".join(table))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"bench.directions: {error}")
