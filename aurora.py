@@ -212,7 +212,7 @@ def balanced_tangent(U: Tensor, G: Tensor) -> Tensor:
     B = U.mT @ G
     B = (B + B.mT) / 2
     q = dots(G - U @ B, U)
-    q = q - total(q) / m
+    q = q - total(q) / m  # zero but for rounding, along which the operator is nearly singular
     # P o P has row sums ||U_i||^2: with their largest the operator is positive, also where rows are not yet even
     diagonal = dots(U, U).amax(dim=-2, keepdim=True).clamp(min=n / m)
     tiny = torch.finfo(U.dtype).tiny
@@ -452,7 +452,7 @@ class Aurora(torch.optim.Optimizer):
             U = direction.normalise(U)
         W = torch.stack(params).to(N.dtype)
         U = update_weight_floor(U * max(1, m / n) ** 0.5, W, group["uw_floor"])
-        return W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(U.mul_(group["lr"]))
+        return W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(U, alpha=group["lr"])
 
     def _state(self, params, name: str, shape) -> list[Tensor]:
         """A state tensor of each parameter, in fp32 or better; zero before its first step."""

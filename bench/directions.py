@@ -2,10 +2,11 @@
 
     python -m bench.directions [DIRECTION ...] [NAME=VALUE ...]      default: muon aurora
 
-NAME=VALUE overrides Hyperparameters, such as model_dim=256. `one matrix at a time` is result #17 as its script writes it
-(bench/optimizer.py); aurora is checked against it first. All step in turn in one process, on equal gradients, so that a
-drift of the machine's speed meets all. Prints a table and writes it to bench/results/directions.md.
+NAME=VALUE overrides Hyperparameters, such as model_dim=256. `one matrix at a time` is result #17 as its script
+writes it (bench/optimizer.py); aurora is checked against it first. All step in turn in one process, on equal
+gradients, so that a drift of the machine's speed meets all. The table goes to bench/results/directions.md too.
 """
+
 
 import platform
 import statistics

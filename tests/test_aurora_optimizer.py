@@ -143,14 +143,6 @@ def test_closure_groups_and_schedulers():
         assert row == pytest.approx([0.1 * factor * length, 0.3 * factor * length], rel=0.02)
 
 
-def test_tensor_learning_rate():
-    """Kills: an `alpha=lr` that takes floats only: capturable schedules hold the learning rate in a tensor."""
-    number, tensor = parameters(), parameters()
-    steps(Aurora(number, lr=0.25, weight_decay=0.5), 0, 2)
-    steps(Aurora(tensor, lr=torch.tensor(0.25), weight_decay=0.5), 0, 2)
-    assert all(torch.equal(a, b) for a, b in zip(number, tensor))
-
-
 def test_convolution_as_its_docstring_says():
     """Kills: advice that does not work: the filters and their matrix must be one memory, and must move."""
     conv = torch.nn.Conv2d(3, 8, 5)
