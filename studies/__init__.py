@@ -1,0 +1,71 @@
+"""What the studies share: their command line, and how they publish a table, a picture and a paragraph."""
+
+import argparse
+import csv
+import io
+import os
+import platform
+from pathlib import Path
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+
+import train_gpt
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def parse(name: str, description: str, words: list[str], trains: bool = False) -> argparse.Namespace:
+    """`quick`, `out` (a folder) and `overrides`, of train_gpt.py's hyperparameters where the study trains."""
+    parser = argparse.ArgumentParser(prog=f"python -m studies.{name}", description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    if trains:
+        parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE", help="hyperparameters of train_gpt.py")
+    parser.add_argument("--quick", action="store_true", help="a minute at most, to see that it runs: not a result")
+    parser.add_argument("-o", dest="out", metavar="FOLDER", type=Path, help="default: studies/results")
+    args = parser.parse_intermixed_args(words)
+    if args.quick and args.out is None:
+        parser.error("--quick is not a result: name a folder for it with -o")
+    args.out = args.out or RESULTS
+    args.overrides = args.overrides if trains else []
+    return args
+
+
+def publish(name: str, args: argparse.Namespace, rows: list[dict], figure: Figure, paragraph: str,
+            summary: list[dict] | None = None):
+    """Write NAME.csv (the rows), NAME.png and NAME.md (the paragraph and the summary, or the rows), each whole."""
+    words = [f"python -m studies.{name}", *["--quick"] * args.quick, *args.overrides]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else train_gpt.processor()
+    machine = (f"{device}, {os.cpu_count()} cores, torch {torch.__version__}, matplotlib {matplotlib.__version__}, "
+               f"Python {platform.python_version()}, "
+               f"commit {train_gpt.output_of('git', 'describe', '--always', '--dirty') or 'none'}.")
+    text = "\n\n".join([f"# {' '.join(words)}", machine, " ".join(paragraph.split()), markdown(summary or rows),
+                        f"![{name}]({name}.png)"]) + "\n"
+    table, picture = io.StringIO(newline=""), io.BytesIO()
+    writer = csv.DictWriter(table, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: shown(value, 6) for key, value in row.items()} for row in rows)
+    figure.savefig(picture, dpi=150, format="png")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for ending, raw in (("csv", table.getvalue().encode()), ("png", picture.getvalue()), ("md", text.encode())):
+        beside = args.out / f".{name}.{ending}.{os.getpid()}"
+        beside.write_bytes(raw)
+        beside.replace(args.out / f"{name}.{ending}")
+    print(text)
+
+
+def shown(value, digits: int) -> str:
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def markdown(rows: list[dict]) -> str:
+    head = [key.replace("|", r"\|") for key in rows[0]]
+    lines = [head, ["---"] * len(head)] + [[shown(v, 4) for v in row.values()] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def style(index: int, of: int) -> dict:
+    """Line `index` of a plot with `of` lines: told apart by colour, also in grey, by dashes and by marker."""
+    return dict(color=matplotlib.colormaps["cividis"](index / max(1, of - 1) * 0.85), marker="osD^vXP*<>"[index % 10],
+                linestyle=("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))[index % 5], markersize=5)
