@@ -7,13 +7,14 @@ process. NAME=VALUE overrides a field of Hyperparameters below; @tiny takes the 
 
 Published: mean 3.278845 at step 3175, n=20, 8xH100, 157 ms a step. Descends from
 github.com/KellerJordan/modded-nanogpt, records/track_3_optimization/results/20260505_aurora.
-Read downwards: hyperparameters, data, model, initialisation and optimizers, log, training.
+Read downwards: hyperparameters, data, model, initialisation and optimizers, log, neurons, training.
 """
 
 import argparse
 import ast
 import difflib
 import glob
+import gzip
 import hashlib
 import json
 import math
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from aurora import DIRECTIONS, Aurora
+from aurora import DIRECTIONS, Aurora, check_direction, leverage_scores
 from kernels.bf16 import linear
 from kernels.cross_entropy import softcapped_cross_entropy_
 
@@ -61,6 +62,8 @@ class Hyperparameters:
     num_layers: int = 12
     model_dim: int = 768
     head_dim: int = 128
+    mlp_expansion: float = 4.0  # neurons of an MLP, in model_dim
+    activation: str = "relu2"  # or "swiglu", whose gate is a third matrix of the MLP
     # AdamW: embedding, head, and all vectors (biases and gains)
     embed_lr: float = 0.3
     head_lr: float = 1 / 320
@@ -68,16 +71,18 @@ class Hyperparameters:
     adam_beta1: float = 0.8
     adam_beta2: float = 0.95
     adam_eps: float = 1e-10
+    adam_weight_decay: float = 0.0
     # Aurora: the matrices of the blocks
     matrix_lr: float = 0.0375
     weight_decay: float = 0.0  # the update/weight floor stands in for it
-    mu: float = 0.95  # Nesterov momentum
-    direction: str = "aurora"  # or "muon"
+    mu: float = 0.95  # Nesterov momentum; with direction=adamw its first beta
+    direction: str = "aurora"  # another of aurora.DIRECTIONS, or "adamw": AdamW for the matrices too
     pp_iterations: int = 2  # polar factors an update; the rows are balanced between them
     pp_beta: float = 0.5
     contra: float = 0.4
     uw_floor: float = 0.35  # an update is at least this long, relative to its weight
     # schedule: constant, then linear to 0
+    warmup_steps: int = 1  # the first step has 1 / warmup_steps of the rate: 1 is no warm-up
     train_steps: int = 3200  # the published step is 3175: the learning rate has not reached 0 there
     cooldown_frac: float = 0.7
     # validation
@@ -97,13 +102,33 @@ class Hyperparameters:
                 raise ValueError(f"{part}={getattr(self, part)} does not divide {whole}={getattr(self, whole)}")
         if self.head_dim % 4:
             raise ValueError(f"head_dim={self.head_dim}: rotary embedding needs a multiple of 4")
-        if self.direction not in DIRECTIONS:
-            raise ValueError(f"direction={self.direction!r}: it is one of {', '.join(DIRECTIONS)}")
+        for name, choices in (("activation", ("relu2", "swiglu")), ("direction", (*DIRECTIONS, "adamw"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: it is one of {', '.join(choices)}")
+        if self.direction != "adamw":
+            check_direction(self.direction, self.pp_iterations, self.pp_beta)
+        if not self.mlp_dim:
+            raise ValueError(f"mlp_expansion={self.mlp_expansion}: no neuron is left of {self.model_dim} times that")
         for name in ("adam_beta1", "adam_beta2", "mu"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: the weight of the past is below 1")
         if not 0 < self.cooldown_frac <= 1:
             raise ValueError(f"cooldown_frac={self.cooldown_frac}: it is a fraction of train_steps, above 0")
+
+    @property
+    def mlp_dim(self) -> int:
+        return round(self.mlp_expansion * self.model_dim)
+
+
+# What the rules of track 3 fix, at result #17's values; the data are named shard by shard in the log.
+RULES = dict(batch_tokens=524288, sequence_length=1024, val_tokens=10485760, vocab_size=50304, num_layers=12,
+             model_dim=768, head_dim=128, mlp_expansion=4.0, activation="relu2", target_loss=3.28)
+
+
+def departures(hp: Hyperparameters) -> list[str]:
+    """At most one line: what makes this run no attempt at a record."""
+    changed = [f"{name}={getattr(hp, name)}" for name in RULES if getattr(hp, name) != RULES[name]]
+    return [f"not a record attempt: unlike result #17, {', '.join(changed)}"] if changed else []
 
 
 def override(words: list[str]) -> Hyperparameters:
@@ -255,21 +280,26 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, dim: int):
+    """relu2: proj(relu(fc x)^2). swiglu: proj(silu(gate x) * fc x)."""
+
+    def __init__(self, dim: int, mlp_dim: int, activation: str):
         super().__init__()
-        self.fc = Linear(dim, 4 * dim)
-        self.proj = Linear(4 * dim, dim)
+        self.gate = Linear(dim, mlp_dim) if activation == "swiglu" else None
+        self.fc = Linear(dim, mlp_dim)
+        self.proj = Linear(mlp_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.fc(x).relu().square())
+        if self.gate is None:
+            return self.proj(self.fc(x).relu().square())
+        return self.proj(F.silu(self.gate(x)) * self.fc(x))
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, head_dim: int):
+    def __init__(self, hp: Hyperparameters):
         super().__init__()
-        self.norm1, self.norm2 = RMSNorm(dim), RMSNorm(dim)
-        self.attn = Attention(dim, head_dim)
-        self.mlp = MLP(dim)
+        self.norm1, self.norm2 = RMSNorm(hp.model_dim), RMSNorm(hp.model_dim)
+        self.attn = Attention(hp.model_dim, hp.head_dim)
+        self.mlp = MLP(hp.model_dim, hp.mlp_dim, hp.activation)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         x = x + self.attn(self.norm1(x), rotary)
@@ -282,7 +312,7 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(hp.vocab_size, hp.model_dim, dtype=torch.bfloat16)
         self.norm1, self.norm2 = RMSNorm(hp.model_dim), RMSNorm(hp.model_dim)
         self.rotary = Rotary(hp.head_dim)
-        self.blocks = nn.ModuleList(Block(hp.model_dim, hp.head_dim) for _ in range(hp.num_layers))
+        self.blocks = nn.ModuleList(Block(hp) for _ in range(hp.num_layers))
         self.head = Linear(hp.model_dim, hp.vocab_size)
 
     def logits(self, inputs: Tensor) -> Tensor:
@@ -320,13 +350,18 @@ def initialise(model: GPT, seed: int):
 def make_optimizers(model: GPT, hp: Hyperparameters) -> list[torch.optim.Optimizer]:
     vectors = [p for p in model.parameters() if p.ndim == 1]
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    adamw = torch.optim.AdamW([dict(params=[model.embed.weight], lr=hp.embed_lr),
-                               dict(params=[model.head.weight], lr=hp.head_lr),
-                               dict(params=vectors, lr=hp.vector_lr)],
-                              betas=(hp.adam_beta1, hp.adam_beta2), eps=hp.adam_eps, weight_decay=0, fused=True)
-    aurora = Aurora(matrices, lr=hp.matrix_lr, weight_decay=hp.weight_decay, mu=hp.mu, direction=hp.direction,
-                    pp_iterations=hp.pp_iterations, pp_beta=hp.pp_beta, contra=hp.contra, uw_floor=hp.uw_floor)
-    optimizers = [adamw, aurora]
+    groups = [dict(params=[model.embed.weight], lr=hp.embed_lr),
+              dict(params=[model.head.weight], lr=hp.head_lr),
+              dict(params=vectors, lr=hp.vector_lr)]
+    if hp.direction == "adamw":
+        groups.append(dict(params=matrices, lr=hp.matrix_lr, betas=(hp.mu, hp.adam_beta2),
+                           weight_decay=hp.weight_decay))
+    optimizers = [torch.optim.AdamW(groups, betas=(hp.adam_beta1, hp.adam_beta2), eps=hp.adam_eps,
+                                    weight_decay=hp.adam_weight_decay, fused=True)]
+    if hp.direction != "adamw":
+        optimizers.append(Aurora(matrices, lr=hp.matrix_lr, weight_decay=hp.weight_decay, mu=hp.mu,
+                                 direction=hp.direction, pp_iterations=hp.pp_iterations, pp_beta=hp.pp_beta,
+                                 contra=hp.contra, uw_floor=hp.uw_floor))
     updated = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert len(updated) == len(set(updated)) and set(updated) == set(model.parameters())
     for optimizer in optimizers:
@@ -336,9 +371,11 @@ def make_optimizers(model: GPT, hp: Hyperparameters) -> list[torch.optim.Optimiz
 
 
 def learning_rate_factor(step: int, hp: Hyperparameters) -> float:
-    """1, then linear over the last cooldown_frac of the steps: the last step's is 1 / (cooldown_frac * train_steps)."""
+    """1, then linear over the last cooldown_frac of the steps: the last step's is 1 / (cooldown_frac * train_steps).
+    The first warmup_steps are scaled by 1 / warmup_steps, 2 / warmup_steps, ... 1."""
     progress = step / hp.train_steps
-    return 1.0 if progress < 1 - hp.cooldown_frac else (1 - progress) / hp.cooldown_frac
+    cooldown = 1.0 if progress < 1 - hp.cooldown_frac else (1 - progress) / hp.cooldown_frac
+    return min(1.0, (step + 1) / hp.warmup_steps) * cooldown
 
 
 def is_validation_step(step: int, hp: Hyperparameters) -> bool:
@@ -380,10 +417,12 @@ class RunLog:
     """logs/NAME.txt, the source and then what upstream's parsers read, and logs/NAME.jsonl, the same for machines.
 
     Rank 0 writes; on other ranks nothing happens. Files are line-buffered: a killed run leaves whole lines.
+    Every `neurons_every` steps, 0 for never, logs/NAME.neurons.jsonl.gz grows by a look at the neurons.
     """
 
-    def __init__(self, name: str | None):
+    def __init__(self, name: str | None, neurons_every: int = 0):
         self.text = self.json = None
+        self.neurons_every = neurons_every
         if name is not None:
             Path("logs").mkdir(exist_ok=True)
             self.text, self.json = (open(f"logs/{name}.{ending}", "x", buffering=1) for ending in ("txt", "jsonl"))
@@ -395,6 +434,11 @@ class RunLog:
     def record(self, **values):
         if self.json:
             self.json.write(json.dumps(values) + "\n")
+
+    def record_neurons(self, records: list[dict]):
+        # a gzip member of its own each time: what a killed run has written can be read
+        with gzip.open(f"{self.text.name.removesuffix('.txt')}.neurons.jsonl.gz", "at") as file:
+            file.writelines(json.dumps(values) + "\n" for values in records)
 
 
 def facts(hp: Hyperparameters, place: Place, shards: dict[str, int], source: str) -> str:
@@ -414,6 +458,7 @@ def facts(hp: Hyperparameters, place: Place, shards: dict[str, int], source: str
     lines += [f"commit: {output_of('git', '-C', str(HERE), 'rev-parse', 'HEAD') or 'none'}{' (dirty)' * bool(dirty)}",
               f"source_sha256: {hashlib.sha256(source.encode()).hexdigest()}",
               f"micro_batch: {micro_batch_size(hp.batch_tokens // hp.sequence_length // place.world, hp.micro_batch)}"]
+    lines += departures(hp)
     lines += [f"shard: {path} {count}" for path, count in shards.items()]
     lines += [f"env: {name}={value}" for name, value in sorted(os.environ.items())
               if name.startswith(("TORCH", "TRITON", "NCCL", "CUDA"))]
@@ -431,6 +476,40 @@ def output_of(*command: str) -> str:
 def processor() -> str:
     names = re.findall(r"^model name\s*: (.+)$", output_of("cat", "/proc/cpuinfo"), re.MULTILINE)
     return f"CPU {names[0]}" if names else "CPU"
+
+
+########################################
+#               Neurons                #
+########################################
+# --neurons K looks at the MLPs' neurons every K steps, for `python -m records neurons`. It changes no result, and
+# costs nothing at the other steps. Neuron i is row i of fc and, where there is one, of the gate.
+
+def neuron_inputs(model: GPT) -> dict[tuple[int, str], Tensor]:
+    """{(layer, "fc" or "gate"): weight (neurons, model_dim)}."""
+    return {(layer, name): getattr(block.mlp, name).weight for layer, block in enumerate(model.blocks)
+            for name in ("fc", "gate") if getattr(block.mlp, name) is not None}
+
+
+@torch.no_grad()
+def neuron_rows(p: Tensor, before: Tensor, state: dict) -> dict[str, list[float]]:
+    """Leverage scores of the momentum (AdamW's exp_avg), and row norms: of the momentum, of the gradient of the
+    batch's summed loss, and of this step's change of the weights, its learning rate, decay and floor included."""
+    momentum = state.get("momentum", state.get("exp_avg"))
+    rows = dict(leverage=leverage_scores(momentum), momentum=momentum.norm(dim=1),
+                gradient=p.grad.norm(dim=1), update=(p - before).norm(dim=1))
+    return {name: [float(f"{x:.4g}") for x in values.tolist()] for name, values in rows.items()}
+
+
+def record_neurons(weights, before, optimizers, seed: int, step: int, place: Place, log: RunLog):
+    """Collect what the owner of each matrix knows of its neurons; a line for each matrix."""
+    states = {p: state for optimizer in optimizers for p, state in optimizer.state.items() if state}
+    mine = {key: neuron_rows(p, before[key], states[p]) for key, p in weights.items() if p in states}
+    shares = [None] * place.world if place.rank == 0 else None
+    dist.gather_object(mine, shares)
+    if place.rank == 0:
+        rows = {key: values for share in shares for key, values in share.items()}
+        log.record_neurons([dict(seed=seed, step=step, layer=key[0], matrix=key[1], inputs=weights[key].size(1),
+                                 **rows[key]) for key in sorted(rows)])
 
 
 ########################################
@@ -542,10 +621,16 @@ def train(model: GPT, hp: Hyperparameters, seed: int, batches, validation, place
 
         loss = accumulate_gradients(model, *next(batches), hp)
         factor = learning_rate_factor(step, hp)
+        look = log.neurons_every and (step + 1) % log.neurons_every == 0
+        before = {key: p.detach().clone() for key, p in neuron_inputs(model).items()} if look else None
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             optimizer.step()
+        if look:
+            clock.read()
+            record_neurons(neuron_inputs(model), before, optimizers, seed, step + 1, place, log)
+            clock.resume()
         model.zero_grad()
 
         bar.update()
@@ -568,12 +653,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE | @RECIPE")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights (default 0)")
     parser.add_argument("--trials", type=int, default=1, help="runs in one process, of seeds SEED, SEED + 1, ...")
+    parser.add_argument("--neurons", type=int, default=0, metavar="K",
+                        help="every K steps, write what the neurons do to logs/NAME.neurons.jsonl.gz; "
+                             "changes no result")
     parser.add_argument("--dry-run", action="store_true", help="check arguments and data, say what would run, and stop")
     parser.add_argument("--fineweb-shards", action="store_true", help="say how many the run reads, and stop")
     parser.error = complain
     args = parser.parse_intermixed_args(argv)
     if args.trials < 1 or not 0 <= args.seed < 2**63 - args.trials:
         parser.error(f"--seed {args.seed} --trials {args.trials}: seeds are 0 to 2^63 - 1, trials at least 1")
+    if args.neurons < 0:
+        parser.error(f"--neurons {args.neurons}: a number of steps, or 0 for never")
     return args
 
 
@@ -586,8 +676,9 @@ def plan(hp: Hyperparameters, world: int) -> str:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in GPT(hp).parameters())
     validations = sum(is_validation_step(step, hp) for step in range(hp.train_steps + 1))
-    return (f"{parameters:,} parameters, {hp.train_steps:,} steps of {hp.batch_tokens:,} tokens, "
+    size = (f"{parameters:,} parameters, {hp.train_steps:,} steps of {hp.batch_tokens:,} tokens, "
             f"{validations} validations of {hp.val_tokens:,} tokens, world_size {world}")
+    return "\n".join([size, *departures(hp)])
 
 
 def main(argv: list[str]):
@@ -625,7 +716,7 @@ def main(argv: list[str]):
         torch.cuda.set_device(place.device)
     dist.init_process_group("nccl" if gpus else "gloo", store=dist.HashStore() if world == 1 else None,
                             rank=rank, world_size=world, device_id=place.device if gpus else None)
-    log = RunLog(time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:8] if rank == 0 else None)
+    log = RunLog(time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:8] if rank == 0 else None, args.neurons)
     if rank == 0:
         for part in (source.rstrip("\n"), "=" * 100, facts(hp, place, shards | val_shards, source), "=" * 100):
             log.line(part)

@@ -8,6 +8,7 @@ import signal
 import sys
 
 from records.log import read
+from records.neurons import neurons
 from records.verify import verify
 
 
@@ -34,6 +35,11 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("log", metavar="LOG")
     verb.add_argument("-o", metavar="FILE", dest="output", help="write it to a new file")
     verb.set_defaults(run=extract)
+
+    verb = verbs.add_parser("neurons", help="which neurons of the MLPs are dead (of runs with --neurons K)")
+    verb.add_argument("log", metavar="LOG")
+    verb.add_argument("-o", metavar="FILE.png", dest="output", help="draw it: over time, and layer by layer")
+    verb.set_defaults(run=lambda o: neurons(o.log, o.output) or 0)
     return desk
 
 

@@ -22,10 +22,11 @@ def test_the_defaults_are_result_17():
     assert vars(Hyperparameters()) == dict(
         train_files="data/fineweb10B/fineweb_train_*.bin", val_files="data/fineweb10B/fineweb_val_*.bin",
         batch_tokens=524288, sequence_length=1024, val_tokens=10485760, micro_batch=64,
-        vocab_size=50304, num_layers=12, model_dim=768, head_dim=128,
+        vocab_size=50304, num_layers=12, model_dim=768, head_dim=128, mlp_expansion=4.0, activation="relu2",
         embed_lr=0.3, head_lr=1 / 320, vector_lr=0.01, adam_beta1=0.8, adam_beta2=0.95, adam_eps=1e-10,
-        matrix_lr=0.0375, weight_decay=0.0, mu=0.95, direction="aurora", pp_iterations=2, pp_beta=0.5,
-        contra=0.4, uw_floor=0.35, train_steps=3200, cooldown_frac=0.7,
+        adam_weight_decay=0.0, matrix_lr=0.0375, weight_decay=0.0, mu=0.95,
+        direction="aurora", pp_iterations=2, pp_beta=0.5,
+        contra=0.4, uw_floor=0.35, warmup_steps=1, train_steps=3200, cooldown_frac=0.7,
         val_every=125, val_every_late=25, target_loss=3.28)
     with pytest.raises(FrozenInstanceError):
         Hyperparameters().mu = 0.9
@@ -52,9 +53,55 @@ def test_the_default_model_and_its_optimizers():
     assert len(matrices["params"]) == 72
 
 
+def test_adamw_takes_the_matrices_too(small):
+    """Kills: matrices left to no optimizer, the others' beta1, rate or decay on them, others without decay."""
+    hp = override([*small, "direction=adamw", "matrix_lr=0.0015", "weight_decay=0.1", "mu=0.9",
+                   "adam_weight_decay=0.001"])
+    (adamw,) = train_gpt.make_optimizers(GPT(hp), hp)
+    assert [(g["lr"], g["betas"], g["eps"], g["weight_decay"]) for g in adamw.param_groups] == [
+        *((lr, (0.8, 0.95), 1e-10, 0.001) for lr in (0.3, 1 / 320, 0.01)), (0.0015, (0.9, 0.95), 1e-10, 0.1)]
+    assert [p.ndim for p in adamw.param_groups[3]["params"]] == [2] * 12
+
+
+def test_mlp_options():
+    """Kills: a width that ignores the expansion, a gate that relu2 has or swiglu lacks, a default model whose
+    parameters, in whose order the initial weights are drawn, are not what they were."""
+    with torch.device("meta"):
+        mlps = [GPT(override(words)).blocks[0].mlp for words in (
+            [], ["mlp_expansion=2.5"], ["mlp_expansion=0.0007"], ["activation=swiglu", "mlp_expansion=2.6666667"])]
+    shapes = [{name: tuple(p.shape) for name, p in mlp.named_parameters() if p.ndim == 2} for mlp in mlps]
+    assert shapes == [
+        {"fc.weight": (3072, 768), "proj.weight": (768, 3072)},
+        {"fc.weight": (1920, 768), "proj.weight": (768, 1920)},
+        {"fc.weight": (1, 768), "proj.weight": (768, 1)},
+        {"gate.weight": (2048, 768), "fc.weight": (2048, 768), "proj.weight": (768, 2048)}]
+    assert [name for name, _ in mlps[0].named_parameters()] == ["fc.weight", "fc.bias", "proj.weight", "proj.bias"]
+
+
+@pytest.mark.parametrize("words, line", [
+    ([], []),
+    (["matrix_lr=0.05", "train_steps=3000", "train_files=/data/*.bin", "micro_batch=8"], []),
+    (["num_layers=4", "mlp_expansion=2"], ["not a record attempt: unlike result #17, num_layers=4, mlp_expansion=2.0"]),
+    (["activation=swiglu"], ["not a record attempt: unlike result #17, activation=swiglu"]),
+    (["batch_tokens=1048576"], ["not a record attempt: unlike result #17, batch_tokens=1048576"]),
+    (["target_loss=3.3"], ["not a record attempt: unlike result #17, target_loss=3.3"]),
+])
+def test_departures_from_the_rules(words, line):
+    """Kills: a run of another architecture, batch or target that passes for a record attempt, an optimizer's constant
+    called a departure, a program taken from a log that compares its values with themselves."""
+    hp = override(words)
+    assert train_gpt.departures(hp) == line
+    assert train_gpt.plan(hp, 1).splitlines()[1:] == line
+    assert [fact for fact in train_gpt.facts(hp, Place(0, 1, CPU), {}, "").splitlines() if "record" in fact] == line
+    namespace = {"__name__": "ripped", "__file__": str(ROOT / "train_gpt.py")}
+    exec(render(flatten(ROOT / "train_gpt.py", set()), hp), namespace)
+    assert namespace["departures"](namespace["Hyperparameters"]()) == line
+
+
 def test_initialisation(small):
-    """Kills: a projection or head that is not zero, a std of 1/sqrt(fan_in), a draw that differs between two calls."""
-    model = GPT(override([*small, "model_dim=128"]))
+    """Kills: a projection or head that is not zero, a std of 1/sqrt(fan_in), a draw that differs between two calls,
+    a gate that is not drawn like the other input of the MLP."""
+    model = GPT(override([*small, "model_dim=128", "activation=swiglu"]))
     initialise(model, seed=3)
     first = {n: p.detach().clone() for n, p in model.named_parameters()}
     initialise(model, seed=3)
@@ -71,10 +118,10 @@ def test_initialisation(small):
     assert not torch.equal(first["embed.weight"], model.embed.weight.detach())
 
 
-@pytest.fixture
-def model(small):
+@pytest.fixture(params=["relu2", "swiglu"])
+def model(request, small):
     """Small, with every zero of the initialisation replaced: a zero head would hide what the rest does."""
-    model = GPT(override(small))
+    model = GPT(override([*small, f"activation={request.param}"]))
     initialise(model, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -103,7 +150,7 @@ def test_loss_at_initialisation(small):
 
 def test_logits_are_those_of_a_model_written_in_float64(model):
     """Kills: a wrong rotary sign, half or frequency, QK-norm left out, attention scaled by .125 for .12, relu for
-    relu^2, a missing residual or gain, norm after the layer, activations that are not bf16.
+    relu^2, a gate and its input exchanged, a missing residual or gain, norm after the layer, activations not in bf16.
 
     With the embedding in fp32 all activations are; two layers of fp32 against float64 agree to 1e-4 of the spread.
     """
@@ -134,7 +181,13 @@ def test_logits_are_those_of_a_model_written_in_float64(model):
                 heads.append(score.softmax(1) @ v[:, h])
             x = x + linear(torch.cat(heads, 1), f"blocks.{i}.attn.proj")
             y = norm(x, P[f"blocks.{i}.norm2.gains"])
-            x = x + linear(linear(y, f"blocks.{i}.mlp.fc").clamp(min=0) ** 2, f"blocks.{i}.mlp.proj")
+            hidden = linear(y, f"blocks.{i}.mlp.fc")
+            if f"blocks.{i}.mlp.gate.weight" in P:
+                gate = linear(y, f"blocks.{i}.mlp.gate")
+                hidden = gate / (1 + torch.exp(-gate)) * hidden
+            else:
+                hidden = hidden.clamp(min=0) ** 2
+            x = x + linear(hidden, f"blocks.{i}.mlp.proj")
         logits.append(linear(norm(x, P["norm2.gains"]), "head"))
     exact = torch.stack(logits)
     assert model.logits(inputs).dtype == torch.bfloat16
@@ -150,12 +203,16 @@ def test_the_model_is_one_graph(model, monkeypatch):
 
 
 def test_schedule():
-    """Kills: a cooldown over 0.3 instead of the last 0.7, a rate that is 0 at the reported step, an evaluation lost."""
+    """Kills: a cooldown over 0.3 instead of the last 0.7, a rate that is 0 at the reported step, a warm-up
+    that begins at 0, is a step late or puts the cooldown off, an evaluation lost."""
     hp = Hyperparameters()
     factor = [train_gpt.learning_rate_factor(step, hp) for step in range(3200)]
     assert factor[0] == factor[959] == 1
     assert factor[960] == pytest.approx(1) and factor[2080] == pytest.approx(0.5)
     assert factor[3175] == pytest.approx(25 / 2240) and factor[3199] == pytest.approx(1 / 2240)
+    warm = override(["warmup_steps=4", "train_steps=8", "cooldown_frac=1"])
+    assert [train_gpt.learning_rate_factor(step, warm) for step in range(8)] == pytest.approx(
+        [1 / 4, 2 / 4 * 7 / 8, 3 / 4 * 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
     steps = [step for step in range(3201) if train_gpt.is_validation_step(step, hp)]
     assert steps == [*range(0, 2880, 125), *range(2900, 3201, 25)]
 
@@ -245,6 +302,10 @@ def test_overrides(tmp_path):
     (["micro_batch=0"], "micro_batch=0: it is at least 1"),
     (["head_dim=100"], "head_dim=100 does not divide model_dim=768"),
     (["adam_beta1=1.0"], "adam_beta1=1.0: the weight of the past is below 1"),
+    (["direction=muon", "pp_iterations=3"], "pp_iterations=3 pp_beta=0.5 have no meaning for direction='muon'"),
+    (["activation=gelu"], "activation='gelu': it is one of relu2, swiglu"),
+    (["mlp_expansion=0.0001"], "mlp_expansion=0.0001: no neuron is left of 768 times that"),
+    (["warmup_steps=0"], "warmup_steps=0: it is at least 1"),
     (["mu=1.5"], "mu=1.5: the weight of the past is below 1"),
     (["cooldown_frac=7"], "cooldown_frac=7.0: it is a fraction"),
     (["direction=sgd"], "direction='sgd'"),
