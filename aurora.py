@@ -134,7 +134,7 @@ def balanced_polar(G: Tensor, pp_iterations: int = 2, pp_beta: float = 0.5, pola
     D = 1 / row_norms(G).clamp(min=1e-7)
     U = polar(D * G)
     for _ in range(pp_iterations - 1):
-        row_sq = row_norms(U.to(G.dtype)).square().clamp(min=1e-14)
+        row_sq = U.to(G.dtype).square().sum(dim=-1, keepdim=True).clamp(min=1e-14)
         # a zero row has D grow by 5e6 a round: from the sixth it would be inf, and inf * 0 poisons all rows
         D = (D * (n / m / row_sq).pow(pp_beta)).clamp(max=1e30)
         U = polar(D * G)

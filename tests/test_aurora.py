@@ -311,7 +311,7 @@ def test_evenness_by_rounds_and_beta():
     release = balanced_polar(spread, 2, 0.5, exact_polar)
     torch.testing.assert_close(undamped.norm(dim=1), release.norm(dim=1))  # one column space, one set of row norms
     assert (undamped - release).norm() > 0.01
-    tiny = paper_balanced_polar(1e-9 * spread, 2, 0.5, exact_polar)  # rows below the epsilon, did X not begin at length 1
+    tiny = paper_balanced_polar(1e-9 * spread, 2, 0.5, exact_polar)  # X begins at length 1
     torch.testing.assert_close(tiny, paper_balanced_polar(spread, 2, 0.5, exact_polar), rtol=0, atol=1e-3)
 
 

@@ -3,7 +3,6 @@
 import re
 import subprocess
 
-import pytest
 from conftest import ROOT
 
 import train_gpt
@@ -27,12 +26,6 @@ def test_commands_of_the_readme_are_understood():
     assert len(verbs) >= 4
     for words in verbs:
         parser().parse_args(words)
-
-
-@pytest.mark.parametrize("recipe", sorted(p.parent.name for p in ROOT.glob("records/*/recipe")))
-def test_recipes_are_understood(recipe):
-    """Kills: a recipe that a renamed field has left behind."""
-    assert train_gpt.override([f"@{recipe}"]) != train_gpt.Hyperparameters()
 
 
 def test_run_sh_with_gpus(tmp_path):
