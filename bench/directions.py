@@ -22,7 +22,7 @@ import train_gpt
 from aurora import Aurora, stacks
 from bench.optimizer import OneByOne, compare
 
-ROUNDS = 3
+ROUNDS = 2  # of minutes each on two cores
 RESULT = Path(__file__).parent / "results" / "directions.md"
 
 
@@ -37,29 +37,25 @@ def matrices(hp: train_gpt.Hyperparameters, device: torch.device) -> list[torch.
     return params
 
 
-def seconds(work, device: torch.device) -> float:
-    start = time.perf_counter()
-    work()
+def measure(work, device: torch.device) -> tuple[float, int]:
+    """Seconds, and the bytes of tensors that exist at once, at most, above those from before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def peak(work, device: torch.device) -> int:
-    """Bytes of tensors that exist at once during a call, at most, above those from before."""
-    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before, start = torch.cuda.memory_allocated(), time.perf_counter()
         work()
-        return torch.cuda.max_memory_allocated() - before
+        torch.cuda.synchronize()
+        return time.perf_counter() - start, torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        start = time.perf_counter()
         work()
+        seconds = time.perf_counter() - start
     held = most = 0
     events = (e for e in record.profiler.kineto_results.events() if e.name() == "[memory]")
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         most = max(most, held)
-    return most
+    return seconds, most
 
 
 def main(words: list[str]):
@@ -74,15 +70,14 @@ def main(words: list[str]):
     optimizers["one matrix at a time"] = OneByOne(params, group)
     times, memory = {name: [] for name in optimizers}, {}
     largest = max(sum(4 * p.numel() for p in stack) for stack in stacks(params))
-    with tqdm(total=(ROUNDS + 1) * len(optimizers), disable=None) as bar:
+    with tqdm(total=ROUNDS * len(optimizers), disable=None) as bar:
         for _ in range(ROUNDS):
             for name, optimizer in optimizers.items():
-                times[name].append(seconds(optimizer.step, device))
+                seconds, most = measure(optimizer.step, device)
+                times[name].append(seconds)
+                memory[name] = most / largest  # of the last round: the first allocates the state
                 bar.update()
-        for name, optimizer in optimizers.items():
-            memory[name] = peak(optimizer.step, device) / largest
-            bar.update()
-    report(words, {name: statistics.median(t) for name, t in times.items()}, memory,
+    report(words, {name: statistics.mean(t) for name, t in times.items()}, memory,
            f"{len(params)} matrices", difference, device)
 
 
@@ -92,10 +87,10 @@ def report(words, times, memory, what, difference, device):
     one, aurora = times["one matrix at a time"], times.get("aurora")
     table = [f"# python -m bench.directions {' '.join(words)}".rstrip(), "",
              f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-             f"Python {platform.python_version()}, commit {commit}; {what}, medians of {ROUNDS} steps, in turn in one "
+             f"Python {platform.python_version()}, commit {commit}; {what}, means of {ROUNDS} steps, in turn in one "
              f"process. On one block aurora and one matrix at a time differ by {100 * difference:.1f}% of an update at "
-             "most (bf16). Memory: the most that a step holds beyond weights, gradients and state, in fp32 copies of "
-             "the largest stack.", "",
+             "most (bf16). Memory: the most that a step holds at once beyond weights, gradients and state, in fp32 "
+             "copies of the largest stack.", "",
              "| direction | s a step | of the first | memory |", "|---|---:|---:|---:|"]
     first = next(iter(times.values()))
     table += [f"| {name} | {t:.2f} | {t / first:.2f} | {memory[name]:.1f} |" for name, t in times.items()]
