@@ -1,14 +1,14 @@
-"""The desk: `python -m records VERB ...`.
+"""The desk: `python -m records VERB ...`. Every verb has --help with an example.
 
+LOG is a file, a folder or a quoted glob; where a set of runs is asked for, also the number of a published result.
 Exit code 0 where the verdict is yes, 1 where it is no, 2 where the input is unusable.
 """
 
 import argparse
+import gc
+import json
 import signal
 import sys
-
-from records.log import read
-from records.verify import verify
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,23 +21,61 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    desk = argparse.ArgumentParser(prog="python -m records", description=__doc__)
+    desk = argparse.ArgumentParser(prog="python -m records", description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = desk.add_subparsers(metavar="VERB", required=True)
 
-    verb = verbs.add_parser("verify", help="is it a record? the official rule at every step")
-    verb.add_argument("logs", nargs="+", metavar="LOG", help="files, globs, folders of .txt")
-    verb.add_argument("--all", action="store_true", help="show every step, not only the last")
-    verb.add_argument("--mixed", action="store_true", help="judge runs of different programs too")
-    verb.set_defaults(run=lambda o: 0 if verify(o.logs, o.mixed, o.all) else 1)
+    def add(run, example: str, reads_runs: bool = True) -> argparse.ArgumentParser:
+        verb = verbs.add_parser(run.__name__.rstrip("_"), help=run.__doc__, description=run.__doc__,
+                                epilog=f"example: python -m records {example}")
+        verb.set_defaults(run=run)
+        if reads_runs:
+            verb.add_argument("--mixed", action="store_true", help="look at runs that are not one sample")
+            verb.add_argument("--metric", default="val_loss", metavar="NAME",
+                              help="the loss to read (default val_loss)")
+        return verb
 
-    verb = verbs.add_parser("extract", help="the program that ran, byte for byte")
+    verb = add(verify, "verify logs/")
+    verb.add_argument("logs", nargs="+", metavar="LOG")
+    verb.add_argument("--all", action="store_true", help="show every step, not only the last")
+    verb.add_argument("--markdown", action="store_true", help="the tables of a submission")
+    verb.add_argument("--json", action="store_true")
+
+    verb = add(list_, "list records/ logs/")
+    verb.add_argument("logs", nargs="*", metavar="LOG")
+    verb.add_argument("--json", action="store_true")
+
+    verb = add(extract, "extract logs/RUN.txt -o train.py", reads_runs=False)
     verb.add_argument("log", metavar="LOG")
     verb.add_argument("-o", metavar="FILE", dest="output", help="write it to a new file")
-    verb.set_defaults(run=extract)
     return desk
 
 
+def show(result: dict, text: str, options: argparse.Namespace) -> int:
+    print(json.dumps(result, indent=1) if options.json else text)
+    return 0 if result["verdict"] else 1
+
+
+# The modules of a verb are imported where it runs: none waits for what another needs.
+
+def verify(options: argparse.Namespace) -> int:
+    """is it a record? the official rule at every step that the runs share"""
+    from records import verify as desk
+    from records.sample import gather
+    result = desk.verify(gather(options.logs, options.mixed, options.metric))
+    return show(result, desk.markdown(result) if options.markdown else desk.text(result, options.all), options)
+
+
+def list_(options: argparse.Namespace) -> int:
+    """the published results and our own; or the groups of runs in LOGs, by program and device"""
+    from records import leaderboard
+    result = leaderboard.leaderboard(options.logs, options.metric)
+    return show(result, leaderboard.text(result), options)
+
+
 def extract(options: argparse.Namespace) -> int:
+    """the program that ran, byte for byte"""
+    from records.log import read
     source = read(options.log).source
     if options.output:
         with open(options.output, "xb") as file:  # a program already there is never overwritten
@@ -50,4 +88,5 @@ def extract(options: argparse.Namespace) -> int:
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):  # not on Windows; `extract LOG | head` then ends quietly
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    gc.disable()  # syntax trees are many small objects: looking for garbage among them doubles the time
     sys.exit(main())
