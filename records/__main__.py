@@ -41,6 +41,11 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--markdown", action="store_true", help="the tables of a submission")
     verb.add_argument("--json", action="store_true")
 
+    verb = add(reproduce, "reproduce logs/ --of 17")
+    verb.add_argument("logs", nargs="+", metavar="LOG")
+    verb.add_argument("--of", type=int, default=17, metavar="N", help="the published result (default 17)")
+    verb.add_argument("--json", action="store_true")
+
     verb = add(list_, "list records/ logs/")
     verb.add_argument("logs", nargs="*", metavar="LOG")
     verb.add_argument("--json", action="store_true")
@@ -64,6 +69,14 @@ def verify(options: argparse.Namespace) -> int:
     from records.sample import gather
     result = desk.verify(gather(options.logs, options.mixed, options.metric))
     return show(result, desk.markdown(result) if options.markdown else desk.text(result, options.all), options)
+
+
+def reproduce(options: argparse.Namespace) -> int:
+    """is it the same as a published result? an equivalence test, from one run on"""
+    from records import reproduce as desk
+    from records.sample import from_published, gather
+    result = desk.reproduce(gather(options.logs, options.mixed, options.metric), from_published(options.of))
+    return show(result, desk.text(result), options)
 
 
 def list_(options: argparse.Namespace) -> int:
