@@ -46,6 +46,30 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--of", type=int, default=17, metavar="N", help="the published result (default 17)")
     verb.add_argument("--json", action="store_true")
 
+    verb = add(compare, "compare 'logs/new-*.txt' logs/old 17")
+    verb.add_argument("new", metavar="A")
+    verb.add_argument("others", nargs="+", metavar="B")
+    verb.add_argument("--all", action="store_true", help="show every common step")
+    verb.add_argument("--json", action="store_true")
+
+    verb = add(diff, "diff logs/OLD.txt logs/NEW.txt", reads_runs=False)
+    verb.add_argument("a", metavar="A", help="a log, or a .py file")
+    verb.add_argument("b", metavar="B")
+    verb.add_argument("--json", action="store_true")
+
+    verb = add(plan, "plan logs/ --price 2.5 --gpus 8")
+    verb.add_argument("logs", nargs="+", metavar="LOG")
+    verb.add_argument("--step", type=int, metavar="N", help="an evaluated step (default: the one that verify quotes)")
+    verb.add_argument("--price", type=float, metavar="P", help="of a GPU for an hour")
+    verb.add_argument("--gpus", type=int, default=1, metavar="G", help="GPUs that a run takes (default 1)")
+    verb.add_argument("--json", action="store_true")
+
+    verb = add(lint, "lint logs/RUN.txt --against logs/BASE.txt", reads_runs=False)
+    verb.add_argument("log", metavar="LOG", help="a log, or a .py file")
+    verb.add_argument("--against", metavar="BASE", help="whose data and model count as unchanged (default: this "
+                      "project's train_gpt.py for its logs, upstream's baseline for others)")
+    verb.add_argument("--json", action="store_true")
+
     verb = add(list_, "list records/ logs/")
     verb.add_argument("logs", nargs="*", metavar="LOG")
     verb.add_argument("--json", action="store_true")
@@ -76,6 +100,38 @@ def reproduce(options: argparse.Namespace) -> int:
     from records import reproduce as desk
     from records.sample import from_published, gather
     result = desk.reproduce(gather(options.logs, options.mixed, options.metric), from_published(options.of))
+    return show(result, desk.text(result), options)
+
+
+def compare(options: argparse.Namespace) -> int:
+    """is A better than B, than C? each is a file, a folder, a quoted glob, or the number of a published result"""
+    from records import compare as desk
+    from records.sample import gather
+    new, *others = (gather([name], options.mixed, options.metric) for name in (options.new, *options.others))
+    result = desk.compare(new, others)
+    return show(result, desk.text(result, options.all), options)
+
+
+def diff(options: argparse.Namespace) -> int:
+    """what changed between two programs: constants, then source by section; code 0 where nothing did"""
+    from records import diff as desk
+    result = desk.diff(options.a, options.b)
+    return show(result, desk.text(result), options)
+
+
+def plan(options: argparse.Namespace) -> int:
+    """how likely n runs are to pass, how many more are needed, and what they cost"""
+    from records import plan as desk
+    from records.sample import gather
+    sample = gather(options.logs, options.mixed, options.metric)
+    result = desk.plan(sample, options.step, options.price, options.gpus)
+    return show(result, desk.text(result), options)
+
+
+def lint(options: argparse.Namespace) -> int:
+    """what a program changed of that which the rules fix; code 0 where nothing did"""
+    from records import lint as desk
+    result = desk.lint(options.log, options.against)
     return show(result, desk.text(result), options)
 
 

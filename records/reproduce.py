@@ -12,10 +12,10 @@ earlier steps runs of one recipe spread twice as far and do not yet foretell the
 - cannot tell: neither. More runs narrow the interval.
 
 0.004 nats is what the official rule asks of one run, 3.6 deviations between runs, and 90 steps at the rule's rate of
-exchange; it is the narrowest round margin at which one run can speak at all: its 90% interval has a half-width of 0.0020 against 20
-published runs, so that a faithful one is called consistent in about nine cases of ten. From n = 4 on it is the test
-for a difference that draws the line, and closer: near 0.002 at n = 4, near 0.0012 at n = 20. The levels hold for one
-look at the runs.
+exchange; it is the narrowest round margin at which one run can speak at all: its 90% interval has a half-width of
+0.0020 against 20 published runs, so that a faithful one is called consistent in about nine cases of ten. From n = 4 on
+it is the test for a difference that draws the line, and closer: near 0.002 at n = 4, near 0.0012 at n = 20. The levels
+hold for one look at the runs.
 """
 
 from math import sqrt
@@ -119,7 +119,7 @@ def sentence(result: dict) -> str:
     if result["diverged"]:
         return f"NO: {result['diverged']} runs diverged"
     if result["outcome"] == "consistent":
-        return f"CONSISTENT with {result['of']}: off by {result['difference']:+.4f} +- {result['half_width']:.4f} {where}"
+        return f"CONSISTENT with {result['of']}: off by {by}"
     if result["outcome"] == "cannot tell":
         return f"CANNOT TELL: off by {by}; " + (
             f"run {result['more_runs']} more" if result["more_runs"] else "no number of runs would, against so few")

@@ -34,7 +34,8 @@ def outcomes(n: int, shift: float, correlation: float = 0.95) -> dict[str, float
 @pytest.mark.parametrize("n, consistent", [(1, 0.80), (4, 0.97), (20, 0.97)])
 def test_faithful_runs_are_no_failure(n, consistent):
     """Kills: the official bar for equivalence (which 94% of faithful sets of four miss); five tests at 1% each.
-    Nominal: different in at most 1%, consistent in 87%, 99.7%, 99.5%; bounds are three standard errors of 600 draws away."""
+    Nominal: different in at most 1%, consistent in 87%, 99.7%, 99.5%; bounds are three standard
+    errors of 600 draws away."""
     rates = outcomes(n, 0)
     assert rates["worse"] + rates["better"] <= 0.022
     assert rates["consistent"] >= consistent

@@ -35,8 +35,8 @@ def runs(source: random.Random, n: int, mean: float = 3.28, sd: float = NOISE) -
 
 
 @pytest.mark.parametrize("p, df, t", [(0.975, 1, 12.7062), (0.95, 2, 2.91999), (0.975, 4, 2.77645),
-                                      (0.995, 19, 2.86093), (0.95, 22, 1.71714), (0.999, 30, 3.38518), (0.975, 120, 1.97993),
-                                      (0.975, 478, 1.96494), (0.975, inf, 1.95996)])  # fmt: skip
+                                      (0.995, 19, 2.86093), (0.95, 22, 1.71714), (0.999, 30, 3.38518),
+                                      (0.975, 120, 1.97993), (0.975, 478, 1.96494), (0.975, inf, 1.95996)])  # fmt: skip
 def test_student(p, df, t):
     """Kills: a wrong constant, density or substitution. Values of printed tables, of five decimals."""
     assert t_quantile(p, df) == pytest.approx(t, rel=1e-5)
