@@ -15,9 +15,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         return options.run(options)
+    except ImportError as error:
+        print(f"records: {error}: pip install -r requirements.txt", file=sys.stderr)
     except (OSError, ValueError) as error:
         print(f"records: {error}", file=sys.stderr)
-        return 2
+    return 2
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,6 +71,16 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--against", metavar="BASE", help="whose data and model count as unchanged (default: this "
                       "project's train_gpt.py for its logs, upstream's baseline for others)")
     verb.add_argument("--json", action="store_true")
+
+    verb = add(plot, "plot 'logs/new-*.txt' logs/old --over 17 -o curves.png")
+    verb.add_argument("sets", nargs="+", metavar="A")
+    verb.add_argument("--over", type=int, nargs="+", default=[], metavar="N", help="published results, grey behind")
+    verb.add_argument("-o", metavar="FILE", dest="output", default="curves.png",
+                      help=".png or .svg (default curves.png)")
+
+    verb = add(report, "report -o report.html")
+    verb.add_argument("logs", nargs="*", metavar="LOG", help="(default: the logs in records/)")
+    verb.add_argument("-o", metavar="FILE", dest="output", default="report.html", help="(default report.html)")
 
     verb = add(list_, "list records/ logs/")
     verb.add_argument("logs", nargs="*", metavar="LOG")
@@ -133,6 +145,25 @@ def lint(options: argparse.Namespace) -> int:
     from records import lint as desk
     result = desk.lint(options.log, options.against)
     return show(result, desk.text(result), options)
+
+
+def plot(options: argparse.Namespace) -> int:
+    """draw sets of runs, each a file, a folder, a quoted glob, or the number of a published result"""
+    from records.sample import from_published, gather
+    sets = [gather([name], options.mixed, options.metric) for name in options.sets]
+    background = [from_published(record) for record in options.over]
+    from records import plot as desk
+    desk.plot(sets, background, options.output)
+    print(options.output)
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """one HTML page that needs no network: leaderboard, curves to hover, zoom and switch, tables that sort"""
+    from records import report as desk
+    desk.report(options.logs, options.output, options.metric)
+    print(options.output)
+    return 0
 
 
 def list_(options: argparse.Namespace) -> int:
