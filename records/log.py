@@ -14,11 +14,12 @@ from pathlib import Path
 from records.program import parse
 
 SEPARATOR = re.compile(rb"^={50,}\r?$\n?", re.MULTILINE)
-# What must follow a loss, another `name:` or the end of the line, rejects one whose digits are cut off.
+# The next `name:`, which must follow a loss, rejects one whose digits are cut off or apart; a second `step:`, one that
+# belongs to another line.
 LINE = r"""^(?: (?:Using\ )?seed[:=]\ ?(?P<seed>\d+)$
     | failed:\ (?P<failed>.+)
-    | step:(?P<step>\d+)/(?P<train_steps>\d+)\ (?:.*\ )?
-      METRIC:(?P<loss>-?(?:nan|inf|\d+(?:\.\d+)?))(?=\n|\ +\w+:)
+    | step:(?P<step>\d+)/(?P<train_steps>\d+)\ (?!.*step:)(?:.*\ )?
+      METRIC:(?P<loss>-?(?:nan|inf|\d+(?:\.\d+)?))(?=\ +\w+:)
       (?:.*\ train_time:(?P<time>\d+(?:\.\d+)?)(?P<unit>ms|s)\b)? )"""
 NOT_NAMED = "a device that the log does not name"
 MACHINE = re.compile(r"^Running .* on (?P<device>.+?) +with world_size (?P<world>\d+)", re.MULTILINE)
@@ -70,7 +71,11 @@ class Log:
 
 def read(path: Path | str, metric: str = "val_loss") -> Log:
     """The log at `path`, with the validation losses called `metric`; ValueError says why a file is none."""
-    source, *rest = SEPARATOR.split(Path(path).read_bytes(), maxsplit=2)
+    return interpret(str(path), Path(path).read_bytes(), metric)
+
+
+def interpret(path: str, content: bytes, metric: str = "val_loss") -> Log:
+    source, *rest = SEPARATOR.split(content, maxsplit=2)
     if not rest:
         raise ValueError(f"{path} is no log: it has no line of =")
     try:
@@ -80,11 +85,11 @@ def read(path: Path | str, metric: str = "val_loss") -> Log:
     # A program that died between the two lines of = leaves one.
     *facts, body = (part.decode(errors="replace").replace("\r\n", "\n") for part in rest)
     header = "".join(facts)
-    trials = read_trials(str(path), body, metric)
+    trials = read_trials(path, body, metric)
     if machine := MACHINE.search(header):
         for trial in trials:
             trial.device, trial.world = machine["device"], int(machine["world"])
-    return Log(str(path), source, read_facts(header), trials)
+    return Log(path, source, read_facts(header), trials)
 
 
 def read_facts(text: str) -> dict[str, list[str]]:

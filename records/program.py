@@ -4,6 +4,7 @@ import ast
 import hashlib
 import operator
 import re
+import warnings
 from functools import cache
 
 UPSTREAM_TARGET = 3.28  # nats a token; upstream's programs have no field that says so
@@ -25,7 +26,9 @@ TITLE = re.compile(
 def parse(source: bytes) -> ast.Module:
     """The program, to be read only; ValueError says why `source` is none."""
     try:
-        program = ast.parse(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # doubtful escapes and the like: not for the reader of a log to mend
+            program = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: brackets nested too deep
         raise ValueError(str(error) or type(error).__name__) from None
     if not program.body:

@@ -15,9 +15,9 @@ from records.statistics import mean_crossing
 # Okabe and Ito's colours; a dash tells apart what shares one.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")
 DASHES = ("solid", "dash", "dot", "dashdot")
-FIRST_SHOWN = {6, 17, 36, 40}  # of the published curves: the first baseline of 20 runs, ours, the tuned one, a late one
-HOW_TO = """Click a name to switch its curve on or off, drag to zoom, double-click to zoom out. Bold: mean over the runs;
-faint: single runs."""
+FIRST_SHOWN = {6, 17, 36, 40}  # of the published curves: the first baseline of 20, ours, the tuned one, a late one
+HOW_TO = """Click a name to switch its curve on or off, drag to zoom, double-click to zoom out. Bold: mean over the
+runs; faint: single runs."""
 TICKS = [2700, 3000, 3500, 4000, 5000, 6000, 8000]
 STYLE = """body { font: 15px/1.45 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; }
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }
