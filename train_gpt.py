@@ -15,6 +15,7 @@ import ast
 import difflib
 import glob
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -508,6 +509,39 @@ def peak_memory(place: Place) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def read_reference(hp: Hyperparameters) -> dict[int, tuple]:
+    """{step: (mean, sd, slope, half_width)} of result #17 (records/published), for display; empty for another recipe
+    and where the file is not there."""
+    path = HERE / "records" / "published" / "reference_17.csv"
+    if hp.target_loss != 3.28 or not path.is_file():
+        return {}
+    rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
+    return {int(step): tuple(map(float, row)) for step, *row in rows} if rows[-1][0] == str(hp.train_steps) else {}
+
+
+def against_reference(step: int, val_loss: float, reference: dict[int, tuple]) -> str:
+    """How far the loss is from result #17's, in deviations between its runs; after 60% of the steps also the final
+    loss that this foretells, +- 95%: too wide to be of use before, and no ground to stop a run at any time."""
+    if step not in reference:
+        return ""
+    (mean, sd, slope, half_width), last = reference[step], max(reference)
+    final = f", final {reference[last][0] + slope * (val_loss - mean):.4f} +- {half_width:.4f}"
+    return f" #17 {(val_loss - mean) / sd:+.1f} sd" + final * (0.6 * last <= step < last)
+
+
+def mirror_to_wandb(log: RunLog, mode: str, hp: Hyperparameters):
+    """Send to Weights & Biases, too, whatever the sidecar gets from here on; a trial's curves are named by its seed."""
+    import wandb  # not in requirements.txt: only --wandb needs it
+    run = wandb.init(project="track-3", name=Path(log.text.name).stem, dir="logs", mode=mode, config=vars(hp))
+    run.define_metric("*", step_metric="step")  # W&B's own step may not fall back, as it does from trial to trial
+    write = log.record
+
+    def record(seed: int, step: int, **values):
+        write(seed=seed, step=step, **values)
+        run.log({"step": step} | {f"{name}/seed {seed}": value for name, value in values.items()})
+    log.record = record
+
+
 def train(model: GPT, hp: Hyperparameters, seed: int, batches, validation, place: Place, log: RunLog):
     """One trial, from a wholly fresh state to its log. Exits at a validation loss that is not finite."""
     initialise(model, seed)
@@ -519,6 +553,7 @@ def train(model: GPT, hp: Hyperparameters, seed: int, batches, validation, place
     bar = tqdm(total=hp.train_steps, desc=f"seed {seed}", disable=None if place.rank == 0 else True, leave=False,
                bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n}/{total}{postfix} [{elapsed}<{remaining}]")
     clock = Clock(place)
+    reference = read_reference(hp)
     validated = logged = (0, 0.0)  # step, seconds
     for step in range(hp.train_steps + 1):
 
@@ -533,7 +568,11 @@ def train(model: GPT, hp: Hyperparameters, seed: int, batches, validation, place
             log.record(seed=seed, step=step, val_loss=val_loss, train_time=seconds)
             if place.rank == 0:
                 bar.write(line)
-            if not math.isfinite(val_loss):
+            bar.set_description_str(f"seed {seed}" + against_reference(step, val_loss, reference))
+            if step == 0:
+                initial = val_loss
+            diverged = step >= 0.1 * hp.train_steps and val_loss > initial  # worse than before it learned anything
+            if diverged or not math.isfinite(val_loss):
                 log.line(f"failed: the validation loss at step {step} is {val_loss}")
                 sys.exit(f"train_gpt.py: the validation loss at step {step} is {val_loss}" if place.rank == 0 else 1)
             clock.resume()
@@ -570,6 +609,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=1, help="runs in one process, of seeds SEED, SEED + 1, ...")
     parser.add_argument("--dry-run", action="store_true", help="check arguments and data, say what would run, and stop")
     parser.add_argument("--fineweb-shards", action="store_true", help="say how many the run reads, and stop")
+    parser.add_argument("--wandb", choices=("online", "offline"), help="mirror logs/NAME.jsonl to Weights & Biases")
     parser.error = complain
     args = parser.parse_intermixed_args(argv)
     if args.trials < 1 or not 0 <= args.seed < 2**63 - args.trials:
@@ -601,6 +641,8 @@ def main(argv: list[str]):
         if args.fineweb_shards:
             print(fineweb_shards(hp))
             return
+        if args.wandb and not importlib.util.find_spec("wandb"):
+            raise ValueError("--wandb needs the package: pip install wandb")
         if 0 < gpus <= local_rank:
             raise ValueError(f"process {local_rank} of this machine has no GPU: start {gpus}")
         for name in ("batch_tokens", "val_tokens"):
@@ -629,6 +671,8 @@ def main(argv: list[str]):
     if rank == 0:
         for part in (source.rstrip("\n"), "=" * 100, facts(hp, place, shards | val_shards, source), "=" * 100):
             log.line(part)
+        if args.wandb:
+            mirror_to_wandb(log, args.wandb, hp)
     with place.device:
         model = GPT(hp)
     if gpus:

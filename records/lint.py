@@ -22,7 +22,7 @@ NUMBERS = {
     "sequence length": (("distributed_data_generator(seq_len)", "sequence_length"), 1024),
 }
 SIZES = {"vocab_size": 50304, "num_layers": 12, "model_dim": 768, "head_dim": 128}
-PACKAGES = {"torch", "numpy", "tqdm", "triton"}
+PACKAGES = {"torch", "numpy", "tqdm", "triton", "wandb"}  # that bring no optimizer of their own, but torch's
 TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
 

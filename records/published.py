@@ -2,10 +2,11 @@
 
 import csv
 from functools import cache
+from math import sqrt
 from pathlib import Path
 from typing import NamedTuple
 
-from records.statistics import Moments
+from records.statistics import Moments, t_quantile
 
 FOLDER = Path(__file__).resolve().parent / "published"
 
@@ -69,3 +70,25 @@ def curves(record: int) -> dict[int, dict[int, float]]:
         for row in rows(name):
             runs.setdefault(int(row["seed"]), {})[int(row["step"])] = float(row["val_loss"])
     return runs
+
+
+def reference(runs: list[dict[int, float]]) -> str:
+    """CSV of what the trainer's progress line holds a run against, made from the curves of n runs; reference_17.csv
+    is that of #17's 20.
+
+    By step: mean and deviation of the loss; the slope with which the final loss follows the loss here (least squares
+    over the runs); half of the 95% prediction interval of one run's final loss, t(.975, n-2) s sqrt(1 + 1/n) with the
+    residual deviation s. The widening for a loss far from the mean is left out: at 2 deviations it is a tenth.
+    """
+    steps = [step for step in sorted(set.intersection(*map(set, runs))) if step]
+    finals, n = [run[steps[-1]] for run in runs], len(runs)
+    center = Moments.of(finals).mean
+    lines = ["step,mean,sd,slope,half_width"]
+    for step in steps:
+        losses = [run[step] for run in runs]
+        _, mean, sd = Moments.of(losses)
+        slope = sum((x - mean) * (y - center) for x, y in zip(losses, finals)) / ((n - 1) * sd**2)
+        squares = sum((y - center - slope * (x - mean)) ** 2 for x, y in zip(losses, finals))
+        half = t_quantile(0.975, n - 2) * sqrt(squares / (n - 2) * (1 + 1 / n))
+        lines.append(f"{step},{mean:.6f},{sd:.6f},{slope:.4f},{half:.6f}")
+    return "\n".join(lines) + "\n"
