@@ -184,8 +184,8 @@ def test_report_in_a_browser(browser, tmp_path):
     browser.click(toggle)
     browser.wait(f"{visible} === {count}")
 
-    head = "[...document.querySelectorAll('th')].filter(e => e.textContent === 'steps').pop()"
-    column = f"[...{head}.closest('table').tBodies[0].rows].map(row => Number(row.cells[1].textContent))"
+    head = "[...document.querySelectorAll('th')].filter(e => e.textContent === 'n').pop()"
+    column = f"[...{head}.closest('table').tBodies[0].rows].map(row => Number(row.cells[3].textContent))"
     unsorted = browser.evaluate(column)
     browser.click(head)
     assert browser.evaluate(column) == sorted(unsorted) != unsorted

@@ -165,6 +165,7 @@ def test_sections_of_both_dialects():
 
 def test_constants_are_literals():
     """Kills: a computed value evaluated, or taken for a constant; the second of two like names lost."""
+    assert constants(b"a = (1, x)\nb = {1: x}\nc = 1 + x\n") == {}
     found = constants(b"a = 1\na = -2\nb = f(3)\nc = (1, 'x', {2: None})\ndef f(x, *, y=[1 / 2]): z = x\n")
     assert found == {"a": "1", "a #2": "-2", "c": "(1, 'x', {2: None})", "f(y)": "[1 / 2]"}
 
@@ -265,6 +266,7 @@ def test_plan(tmp_path, capsys):
     """Kills: cost of one GPU for eight; hours of one run for n; a plan for runs that diverged."""
     path = write(tmp_path / "a.txt", *rerun(17, runs=4))
     status, out = run(capsys, "plan", path, "--step", "3200", "--price", "3", "--gpus", "8")
+    assert "deviation between runs: 0.00111 (published for this track)" in out
     line = next(line.split() for line in out.splitlines() if line.startswith("  10 "))
     assert line[0] == "10" and line[3:] == ["1.3", "32.00"]  # 480 s a run
     assert status == (judge(Moments.of([c[3200] for c in rerun(17, runs=4)]), 3.28).passes is False)

@@ -293,6 +293,14 @@ def test_published_results_can_be_verified(capsys):
     assert main(["verify", "47"]) == 2 and "they are 1 to 46" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("record", [6, 10, 17, 36])
+def test_published_moments_are_those_of_the_curves(record):
+    """Kills: a column of the table read as another; figures of other runs. The table has five decimals."""
+    runs, table = published.curves(record).values(), published.moments(record)[1]
+    for step, at in table.items():
+        assert at == pytest.approx(Moments.of([run[step] for run in runs]), abs=6e-6)
+
+
 def test_list(tmp_path, capsys):
     """Kills: groups made by folder instead of by program and device; a folder of which one group cannot be judged,
     given up whole; the published table without all of its 46 rows."""
