@@ -9,6 +9,8 @@ from records.log import Log, Trial, load
 from records.program import UPSTREAM_TARGET, recipe, target
 from records.statistics import Claim, Moments, judge
 
+NO_ATTEMPT = "not a record attempt"  # a fact that train_gpt.py writes
+
 
 @dataclass
 class Sample:
@@ -23,6 +25,7 @@ class Sample:
     claimed: Claim | None = None  # as published
     metric: str = "val_loss"
     recipes: set[str] = field(default_factory=set)
+    remarks: list[str] = field(default_factory=list)  # what the logs themselves say of what they are no evidence for
 
     @property
     def n(self) -> int:
@@ -76,6 +79,7 @@ def from_logs(name: str, logs: list[Log], metric: str = "val_loss") -> Sample:
         mixture(logs, used),
         metric=metric,
         recipes={recipe(log.source) for log in logs},
+        remarks=sorted({f"{NO_ATTEMPT}: {why}" for log in logs for why in log.facts.get(NO_ATTEMPT, [])}),
     )
 
 

@@ -33,6 +33,7 @@ def verify(sample: Sample) -> dict:
         "source_sha256": hashlib.sha256(sample.source).hexdigest() if sample.source else None,
         "devices": Counter(f"{trial.device}, world_size {trial.world or '?'}" for trial in sample.used),
         "mixed": sample.mixture,
+        "remarks": sample.remarks,
         "steps": [{"step": step, **at._asdict()} for step, at in steps.items()],
         "crossing": crossings(sample),
         "runs": [describe(trial, sample) for trial in sample.trials],
@@ -78,6 +79,7 @@ def text(result: dict, every_step: bool = False) -> str:
     lines.append(f"at step {at['step']}, n={at['n']}: z = {at['z']:.2f}, p = {at['p']:.1g} for the rule's sd of 0.0013")
     if used < started:
         lines.append(RULE_5)
+    lines += [f"note: {remark}" for remark in result["remarks"]]
     lines.append(sentence(result) + ("; mixed" if result["mixed"] else ""))
     if not result["verdict"] and used <= 4 and result["target"] == UPSTREAM_TARGET:
         lines.append(FAITHFUL)

@@ -31,7 +31,7 @@ def outcomes(n: int, shift: float, correlation: float = 0.95) -> dict[str, float
     return Counter({outcome: count / DRAWS for outcome, count in counts.items()})
 
 
-@pytest.mark.parametrize("n, consistent", [(1, 0.80), (4, 0.97), (20, 0.97)])
+@pytest.mark.parametrize("n, consistent", [(1, 0.83), (4, 0.97), (20, 0.97)])
 def test_faithful_runs_are_no_failure(n, consistent):
     """Kills: the official bar for equivalence (which 94% of faithful sets of four miss); five tests at 1% each.
     Nominal: different in at most 1%, consistent in 87%, 99.7%, 99.5%; bounds are three standard
@@ -41,10 +41,10 @@ def test_faithful_runs_are_no_failure(n, consistent):
     assert rates["consistent"] >= consistent
 
 
-@pytest.mark.parametrize("n, consistent, worse", [(1, 0.077, 0.5), (2, 0.077, 0.85), (4, 0.01, 0.98), (20, 0, 1)])
+@pytest.mark.parametrize("n, consistent, worse", [(1, 0.04, 0.5), (2, 0.04, 0.85), (4, 0.005, 0.98), (20, 0, 1)])
 def test_worse_runs_are_no_success(n, consistent, worse):
-    """Kills: `no significant difference` read as sameness. 0.004 worse: consistent in at most 5% (0.077 with three
-    standard errors) whatever n, and at n=4 in at most 1%."""
+    """Kills: `no significant difference` read as sameness. 0.004 worse: consistent in at most 5% whatever n. With five
+    steps it is 2% (0.04 with three standard errors) for one or two runs, 0.1% for four."""
     rates = outcomes(n, 0.004)
     assert rates["consistent"] <= consistent and rates["worse"] >= worse and rates["better"] == 0
 

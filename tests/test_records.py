@@ -201,6 +201,15 @@ def test_failing_verdict(tmp_path, capsys):
     assert status == 0 and "#17" not in out
 
 
+def test_remarks_of_the_log_are_repeated(tmp_path, capsys):
+    """Kills: PASS for a run whose log says that it is no attempt at a record, without that word."""
+    log = Path(write(tmp_path / "a.txt", *ends(3.27)))
+    why = "not a record attempt: unlike result #17, batch_tokens=256"
+    log.write_text(log.read_text().replace(MACHINE, MACHINE + why + "\n"))
+    status, out, _ = verify(capsys, str(log))
+    assert status == 0 and f"\nnote: {why}\nPASS: " in out
+
+
 def test_own_target(tmp_path, capsys):
     """Kills: 3.28 for every log; a default that is an expression refused, or evaluated as code."""
     assert target(OURS.encode()) == 3.0 and target(UPSTREAM.encode()) == 3.28
