@@ -1,14 +1,17 @@
 """The desk: `python -m records VERB ...`. Every verb has --help with an example.
 
-LOG is a file, a folder or a quoted glob; where a set of runs is asked for, also the number of a published result.
-Exit code 0 where the verdict is yes, 1 where it is no, 2 where the input is unusable.
+LOG is a file, a folder or a glob; where a set of runs is asked for, also the
+number of a published result. Exit code 0 where the verdict is yes, 1 where it
+is no, 2 where the input is unusable.
 """
 
 import argparse
 import gc
 import json
+import shutil
 import signal
 import sys
+import textwrap
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,8 +96,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def show(result: dict, text: str, options: argparse.Namespace) -> int:
-    print(json.dumps(result, indent=1) if options.json else text)
+    print(json.dumps(result, indent=1) if options.json else fold(text) if sys.stdout.isatty() else text)
     return 0 if result["verdict"] else 1
+
+
+def fold(text: str) -> str:
+    """Break sentences at the width of the terminal; tables, which are narrow, and source lines stay."""
+    width = shutil.get_terminal_size().columns
+    lines = (textwrap.wrap(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+             if len(line) > width and line[0].isalnum() else [line] for line in text.split("\n"))
+    return "\n".join(part for parts in lines for part in parts)
 
 
 # The modules of a verb are imported where it runs: none waits for what another needs.
@@ -116,7 +127,7 @@ def reproduce(options: argparse.Namespace) -> int:
 
 
 def compare(options: argparse.Namespace) -> int:
-    """is A better than B, than C? each is a file, a folder, a quoted glob, or the number of a published result"""
+    """is A better than B, than C? each is a folder, a quoted glob, or a published result's number"""
     from records import compare as desk
     from records.sample import gather
     new, *others = (gather([name], options.mixed, options.metric) for name in (options.new, *options.others))
@@ -148,7 +159,7 @@ def lint(options: argparse.Namespace) -> int:
 
 
 def plot(options: argparse.Namespace) -> int:
-    """draw sets of runs, each a file, a folder, a quoted glob, or the number of a published result"""
+    """draw sets of runs, each a folder, a quoted glob, or a published result's number"""
     from records.sample import from_published, gather
     sets = [gather([name], options.mixed, options.metric) for name in options.sets]
     background = [from_published(record) for record in options.over]

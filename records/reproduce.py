@@ -20,6 +20,7 @@ hold for one look at the runs.
 
 from math import sqrt
 
+from records.compare import tell
 from records.sample import Sample
 from records.statistics import Difference, Moments, normal_cdf, pooled, smallest, t_quantile
 
@@ -104,13 +105,18 @@ def text(result: dict) -> str:
              "   step    n       mean  published  difference       90% interval        p"]
     for at in result["steps"]:
         lines.append(f"{at['step']:>7}{at['n']:>5}{at['mean']:>11.6f}{at['published']:>11.6f}{at['difference']:>+12.5f}"
-                     f"   {at['low']:+.5f} {at['high']:+.5f}{at['p']:>9.2g}")
+                     f"   {at['low']:+.5f} {at['high']:+.5f}{tell(at['p']):>9}")
     same, half, far = result["power"].values()
-    lines.append(f"at n={n} a faithful recipe is called consistent in about {same:.0%} of cases, "
-                 f"one 0.002 worse in {half:.0%}, one {MARGIN} worse in {far:.0%}")
+    lines.append(f"at n={n} a faithful recipe is called consistent in {percent(same)} of cases, "
+                 f"one 0.002 worse in {percent(half)}, one {MARGIN} worse in {percent(far)}")
     if result["mixed"]:
         lines.append(f"mixed: {result['mixed']}")
     return "\n".join([*lines, sentence(result)])
+
+
+def percent(chance: float) -> str:
+    """To a digit that the approximation can bear."""
+    return "less than 1%" if chance < 0.01 else "more than 99%" if chance > 0.99 else f"about {chance:.0%}"
 
 
 def sentence(result: dict) -> str:

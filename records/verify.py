@@ -2,11 +2,12 @@
 
 import hashlib
 from collections import Counter
+from math import inf, sqrt
 
 from records.log import Trial
 from records.program import UPSTREAM_TARGET
 from records.sample import Sample, progress
-from records.statistics import Moments, crossing, judge
+from records.statistics import Moments, crossing, judge, t_cdf
 
 # From the mean and deviation of its 20 published runs: its true margin is 0.00116 nats.
 FAITHFUL = "note: a faithful rerun of result #17 passes at 3175 in 0.5% of cases at n=1, 6% at n=4; see reproduce"
@@ -76,7 +77,7 @@ def text(result: dict, every_step: bool = False) -> str:
         lines.append(f"interpolated, descriptive only: {at['n']} of {at['of']} runs cross {result['target']:g}, "
                      f"on average at step {at['mean']:.0f}{spread}")
     at = next(at for at in result["steps"] if at["step"] == quoted(result))
-    lines.append(f"at step {at['step']}, n={at['n']}: z = {at['z']:.2f}, p = {at['p']:.1g} for the rule's sd of 0.0013")
+    lines.append(significance(at, result["target"]))
     if used < started:
         lines.append(RULE_5)
     lines += [f"note: {remark}" for remark in result["remarks"]]
@@ -84,6 +85,18 @@ def text(result: dict, every_step: bool = False) -> str:
     if not result["verdict"] and used <= 4 and result["target"] == UPSTREAM_TARGET:
         lines.append(FAITHFUL)
     return "\n".join(lines)
+
+
+def significance(at: dict, target: float) -> str:
+    """By the deviation that the rule assumes; for another kind of loss, by the sample's own."""
+    where = f"at step {at['step']}, n={at['n']}"
+    if target == UPSTREAM_TARGET:
+        return f"{where}: z = {at['z']:.2f}, p = {at['p']:.1g} for the rule's sd of 0.0013"
+    if at["sd"] is None:
+        return f"{where}: the rule's sd of 0.0013 is not this recipe's, and one run does not tell it"
+    t = (target - at["mean"]) * sqrt(at["n"]) / at["sd"] if at["sd"] else inf
+    return (f"{where}: the rule's sd of 0.0013 is not this recipe's; with its own, "
+            f"t = {t:.2f}, p = {t_cdf(-t, at['n'] - 1):.1g}")
 
 
 def shown(result: dict, every_step: bool) -> list[dict]:

@@ -10,7 +10,7 @@ import pytest
 from test_records import OURS, ROOT, UPSTREAM, write
 
 from records import published
-from records.__main__ import main, parser
+from records.__main__ import fold, main, parser
 from records.plan import extended, fresh
 from records.program import constants, fingerprint, parse, sections
 from records.statistics import ASSUMED_SD, NOISE, Moments, judge
@@ -298,6 +298,14 @@ def test_help_fits_a_screen(verb, capsys, monkeypatch):
     assert end.value.code == 0 and len(out.splitlines()) <= 24 and max(map(len, out.splitlines())) <= 80
     example = out[out.index("example: python -m records ") + 27:].replace("'", "").split()
     parser().parse_args(example)
+
+
+def test_sentences_fit_the_terminal(monkeypatch):
+    """Kills: a sentence broken within a word; a table or a line of source broken at all."""
+    monkeypatch.setenv("COLUMNS", "30")
+    table, source, sentence = "   3175   20   3.278845  0.00111", "+    " + "x" * 40, "one word after another, and then more"
+    assert fold(f"{table}\n{source}\n{sentence}\n\nshort") == (
+        f"{table}\n{source}\none word after another, and\n  then more\n\nshort")
 
 
 @pytest.mark.parametrize("words", [["verify", "17"], ["reproduce", "17"], ["compare", "17", "1"], ["plan", "17"],

@@ -218,7 +218,9 @@ def test_own_target(tmp_path, capsys):
     with pytest.raises(ValueError, match="not a number"):
         target(b"class Hyperparameters:\n    target_loss: float = float(input())\n")
     status, out, _ = verify(capsys, write(tmp_path / "a.txt", *ends(2.99), source=OURS))
-    assert status == 0 and "(n=1, target 3)" in out
+    assert status == 0 and "(n=1, target 3)" in out and "one run does not tell it" in out
+    _, out, _ = verify(capsys, write(tmp_path / "b.txt", *ends(2.99, 2.97), source=OURS))
+    assert "with its own, t = 2.00, p = 0.1\n" in out  # 0.02 * sqrt(2) / 0.01414, one degree of freedom: p = .148
 
 
 def test_recipe_is_what_decides_the_result():
