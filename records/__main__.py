@@ -121,8 +121,9 @@ def verify(options: argparse.Namespace) -> int:
 def reproduce(options: argparse.Namespace) -> int:
     """is it the same as a published result? an equivalence test, from one run on"""
     from records import reproduce as desk
-    from records.sample import from_published, gather
-    result = desk.reproduce(gather(options.logs, options.mixed, options.metric), from_published(options.of))
+    from records.sample import gather
+    published = gather([str(options.of)], options.mixed)
+    result = desk.reproduce(gather(options.logs, options.mixed, options.metric), published)
     return show(result, desk.text(result), options)
 
 

@@ -94,10 +94,12 @@ def crossing_difference(new: Sample, old: Sample) -> dict | None:
 def pair_by_seed(new: Sample, old: Sample, shared: list[int]) -> dict | None:
     """At the last shared step, over the seeds that both name; None for fewer than two."""
     a, b = ({trial.seed: trial for trial in sample.used if trial.seed is not None} for sample in (new, old))
-    seeds = sorted(a.keys() & b.keys())
-    if len(seeds) < 2 or not shared:
+    if not shared:
         return None
     step = shared[-1]
+    seeds = sorted(seed for seed in a.keys() & b.keys() if step in a[seed].losses and step in b[seed].losses)
+    if len(seeds) < 2:
+        return None
     difference = paired([a[seed].losses[step] for seed in seeds], [b[seed].losses[step] for seed in seeds])
     return {"step": step, "pairs": len(seeds), "difference": difference.value,
             "half_width": difference.half_width(), "p": difference.p}
@@ -116,8 +118,8 @@ def text(result: dict, every_step: bool = False) -> str:
         slope = f"{at['rate']:.4f}" if at["rate"] is not None else "-"
         lines.append(f"{letter:<4}{at['n']:>5}{at['claim']['step']:>8}{at['claim']['mean']:>10.5f}{step:>13}  "
                      f"{interval:<16}{slope}")
-        lines.append(f"     {at['name']}" + (f": {at['started'] - at['n']} of {at['started']} runs not used"
-                                             if at["started"] > at["n"] else ""))
+        missing = at["started"] - at["claim"]["n"]
+        lines.append(f"     {at['name']}" + f": {missing} of {at['started']} runs not used" * (missing > 0))
         lines += [f"     mixed: {at['mixed']}"] * bool(at["mixed"])
     for letter, pair in zip("BCDEFGHIJKLMNOPQRSTUVWXYZ", result["pairs"]):
         lines += ["", *pair_text("A", letter, pair, every_step)]

@@ -8,8 +8,8 @@ from records.statistics import NOISE, THRESHOLD, Moments, judge, normal_cdf, sma
 SIZES = (1, 2, 4, 6, 8, 10, 12, 16, 20, 30, 40)
 TRACK_TARGET = 3.28
 # By simulation (tests/test_desk_verbs.py): runs whose true mean is the target, judged after every run up to n.
-STOPPING = ("note: the rule's p < .001 is for one look. Looked at after every run, it passes runs that are not below the "
-            "target in 0.3% of cases by n = 4, 0.5% by 10, 0.8% by 20. Fix n first, or say that runs were added")
+STOPPING = ("note: the rule's p < .001 is for one look. Looked at after every run, it passes runs that are not below "
+            "the target in 0.3% of cases by n = 4, 0.5% by 10, 0.8% by 20. Fix n first, or say that runs were added")
 
 
 def plan(sample: Sample, step: int | None, price: float | None, gpus: int | None) -> dict:

@@ -18,7 +18,7 @@ class Sample:
     target: float
     trials: list[Trial]  # all that were started
     used: list[Trial]  # those whose losses count; none where only their moments were published
-    moments: dict[int, Moments]  # by step, at every step that all used runs share
+    moments: dict[int, Moments]  # by step, of all used runs that came so far
     train_steps: int
     source: bytes | None = None
     mixture: str | None = None  # why these runs are not one sample
@@ -109,8 +109,8 @@ def groups(logs: list[Log]) -> list[list[Log]]:
 def usable(trials: list[Trial]) -> list[Trial]:
     """The trials that ended as their recipe means them to."""
     sound = [trial for trial in trials if not trial.fault]
-    # Several results stop short of their schedule (#45: at 2720 of 2900), or some of their runs do (#44, #46);
-    # one run alone that does so cannot be told from one that was killed.
+    # Several results stop short of their schedule (#45: at 2720 of 2900), or some of their runs do (#44, #46): what
+    # they came to counts as far as they came. One run alone that does so cannot be told from one that was killed.
     furthest = max((trial.last_step for trial in sound), default=0)
     late = [trial for trial in sound if trial.last_step >= 0.9 * furthest > 0]
     return late if len(late) > 1 else [trial for trial in late if trial.complete]
@@ -124,12 +124,13 @@ def progress(trial: Trial) -> str:
 
 def mixture(logs: list[Log], used: list[Trial]) -> str | None:
     """Why these runs are not one sample, or None."""
-    common = min((trial.last_step for trial in used), default=0)
+    grid = tuple(max(used, key=lambda trial: trial.last_step).losses) if used else ()
     kinds = {
         "targets": [(target(log.source), log.path) for log in logs],
         "programs": [(recipe(log.source), log.path) for log in logs],
         "devices": [(trial.device, trial.name) for trial in used],
-        "evaluated steps": [(tuple(step for step in trial.losses if step <= common), trial.name) for trial in used],
+        "evaluated steps": [(tuple(trial.losses) + tuple(step for step in grid if step > trial.last_step), trial.name)
+                            for trial in used],
     }
     for what, values in kinds.items():
         examples = dict(values)
@@ -143,10 +144,12 @@ def mixture(logs: list[Log], used: list[Trial]) -> str | None:
 
 
 def common_moments(used: list[Trial]) -> dict[int, Moments]:
-    """By every step that all runs share; ValueError where they share none."""
-    if not used:
-        return {}
-    steps = sorted(set.intersection(*(set(trial.losses) for trial in used)))
-    if not steps:
+    """By every step at which all runs that came so far were evaluated; ValueError where there is none."""
+    found = {}
+    for step in sorted({step for trial in used for step in trial.losses}):
+        there = [trial for trial in used if trial.last_step >= step]
+        if all(step in trial.losses for trial in there):
+            found[step] = Moments.of([trial.losses[step] for trial in there])
+    if used and not found:
         raise ValueError("no step at which every run was evaluated")
-    return {step: Moments.of([trial.losses[step] for trial in used]) for step in steps}
+    return found

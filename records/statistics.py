@@ -198,11 +198,9 @@ def mean_crossing(moments: dict[int, Moments], target: float) -> Crossing:
     crossings of mean -+ t(.975, n - 1) sd / sqrt(n). Runs that never cross bias it not at all. With one run the
     ends are None."""
     step = crossing({s: m.mean for s, m in moments.items()}, target)
-    if any(m.sd is None for m in moments.values()):
-        return Crossing(None, step, None)
-    half = {s: t_quantile(0.975, m.n - 1) * m.sd / sqrt(m.n) for s, m in moments.items()}
-    return Crossing(crossing({s: m.mean - half[s] for s, m in moments.items()}, target), step,
-                    crossing({s: m.mean + half[s] for s, m in moments.items()}, target))
+    half = {s: t_quantile(0.975, m.n - 1) * m.sd / sqrt(m.n) for s, m in moments.items() if m.sd is not None}
+    return Crossing(crossing({s: moments[s].mean - half[s] for s in half}, target), step,
+                    crossing({s: moments[s].mean + half[s] for s in half}, target))
 
 
 def smallest(condition: Callable[[int], bool], limit: int = 1000) -> int | None:

@@ -29,7 +29,7 @@ def verify(sample: Sample) -> dict:
         "metric": sample.metric,
         "started": len(sample.trials) or sample.n,
         "diverged": len(sample.diverged),
-        "used": sample.n,
+        "used": len(sample.used) or sample.n,
         "train_steps": sample.train_steps,
         "source_sha256": hashlib.sha256(sample.source).hexdigest() if sample.source else None,
         "devices": Counter(f"{trial.device}, world_size {trial.world or '?'}" for trial in sample.used),
@@ -70,7 +70,7 @@ def text(result: dict, every_step: bool = False) -> str:
         return "\n".join([*lines, "FAIL: no run can be used"])
     last = result["steps"][-1]["step"]
     if last < result["train_steps"]:
-        lines.append(f"note: the runs used share no step after {last}, of {result['train_steps']}")
+        lines.append(f"note: every run used stopped at step {last} of {result['train_steps']}, or before")
     lines += table(result, every_step)
     if (at := result["crossing"]) and at["n"]:
         spread = f" (sd {at['sd']:.0f})" if at["sd"] is not None else ""
@@ -78,7 +78,7 @@ def text(result: dict, every_step: bool = False) -> str:
                      f"on average at step {at['mean']:.0f}{spread}")
     at = next(at for at in result["steps"] if at["step"] == quoted(result))
     lines.append(significance(at, result["target"]))
-    if used < started:
+    if at["n"] < started:
         lines.append(RULE_5)
     lines += [f"note: {remark}" for remark in result["remarks"]]
     lines.append(sentence(result) + ("; mixed" if result["mixed"] else ""))
@@ -147,7 +147,8 @@ def markdown(result: dict) -> str:
     steps = result["steps"][start:start + 4]
     rows = [["run", *(at["step"] for at in steps)], ["---"] * (len(steps) + 1)]
     for k, run in enumerate(result["runs"], 1):
-        losses = [f"{run['losses'][at['step']]:.5f}" for at in steps] if run["used"] else [run["why"]] * len(steps)
+        losses = [run["why"]] * len(steps) if run["why"] else [
+            f"{run['losses'][at['step']]:.5f}" if at["step"] in run["losses"] else "-" for at in steps]
         rows.append([f"run {k}" if run["seed"] is None else f"seed {run['seed']}", *losses])
     rows += [["**mean**", *(f"{at['mean']:.6f}" for at in steps)],
              ["**sd**", *("-" if at["sd"] is None else f"{at['sd']:.5f}" for at in steps)],

@@ -303,7 +303,8 @@ def test_help_fits_a_screen(verb, capsys, monkeypatch):
 def test_sentences_fit_the_terminal(monkeypatch):
     """Kills: a sentence broken within a word; a table or a line of source broken at all."""
     monkeypatch.setenv("COLUMNS", "30")
-    table, source, sentence = "   3175   20   3.278845  0.00111", "+    " + "x" * 40, "one word after another, and then more"
+    table, source = "   3175   20   3.278845  0.00111", "+    " + "x" * 40
+    sentence = "one word after another, and then more"
     assert fold(f"{table}\n{source}\n{sentence}\n\nshort") == (
         f"{table}\n{source}\none word after another, and\n  then more\n\nshort")
 

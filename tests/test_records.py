@@ -177,10 +177,12 @@ def test_runs_that_end_early_together(tmp_path, capsys):
     logs = [write(tmp_path / f"{k}.txt", c) for k, c in enumerate((one, two, {0: 10.8, 125: 4.6}))]
     status, out, _ = verify(capsys, *logs)
     assert status == 0 and "2 of 3 runs used" in out
-    assert "note: the runs used share no step after 2720, of 3200\n" in out
+    assert "note: every run used stopped at step 2720 of 3200, or before\n" in out
     longer = write(tmp_path / "3.txt", one | {2725: 3.26, 2730: 3.26})
     status, out, _ = verify(capsys, longer, *logs[1:])
-    assert status == 0 and "2 of 3 runs used" in out and "share no step after 2720" in out
+    assert status == 0 and "2 of 3 runs used" in out and "at step 2730 of 3200" in out
+    assert [row(out, step)[1] for step in (2715, 2720, 2725, 2730)] == ["2", "2", "1", "1"]
+    assert "note: rule 5" in out and "(n=2 of 3, target 3.28)" in out
     status, out, _ = verify(capsys, logs[0])
     assert status == 1 and out.endswith("FAIL: no run can be used\n")
 
