@@ -212,6 +212,24 @@ def test_remarks_of_the_log_are_repeated(tmp_path, capsys):
     assert status == 0 and f"\nnote: {why}\nPASS: " in out
 
 
+def test_markdown(tmp_path, capsys):
+    """Kills: a table without the step before the claim, or of another one; a row that calls FAIL a result; a run that
+    was left out missing from the table."""
+    log = write(tmp_path / "a.txt", "seed: 4\n", {0: 10.8, 3150: 3.281, 3175: 3.275, 3200: 3.27}, "seed: 5\n",
+                {0: 10.8, 125: 4.6})
+    status, out, _ = verify(capsys, log, "--markdown")
+    lines = out.splitlines()
+    assert status == 0 and lines[0] == "| run | 3150 | 3175 | 3200 |"
+    assert lines[2] == "| seed 4 | 3.28100 | 3.27500 | 3.27000 |"
+    assert lines[3] == "| seed 5 |" + " stopped at step 125 of 3200 |" * 3
+    assert lines[4] == "| **mean** | 3.281000 | 3.275000 | 3.270000 |" and lines[5] == "| **sd** | - | - | - |"
+    assert lines[7] == "| **at least 0.004** | FAIL | PASS | PASS |"
+    assert lines[-1] == "| | 3175 | 3.2750 (n=1)✓ | | | | |"
+    status, out, _ = verify(capsys, write(tmp_path / "b.txt", *ends(3.29)), "--markdown")
+    assert status == 1 and out.endswith("| | 3200 | 3.2900 (n=1) FAIL | | | | |\n")
+    assert verify(capsys, write(tmp_path / "c.txt", {0: 10.8}), "--markdown")[1] == "FAIL: no run can be used\n"
+
+
 def test_own_target(tmp_path, capsys):
     """Kills: 3.28 for every log; a default that is an expression refused, or evaluated as code."""
     assert target(OURS.encode()) == 3.0 and target(UPSTREAM.encode()) == 3.28
