@@ -16,6 +16,7 @@ import difflib
 import glob
 import gzip
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -587,64 +588,119 @@ def peak_memory(place: Place) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def read_reference(hp: Hyperparameters) -> dict[int, tuple]:
+    """{step: (mean, sd, slope, half_width)} of result #17 (records/published), for display; empty for another recipe
+    and where the file is not there."""
+    path = HERE / "records" / "published" / "reference_17.csv"
+    if hp.target_loss != 3.28 or not path.is_file():
+        return {}
+    rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
+    return {int(step): tuple(map(float, row)) for step, *row in rows} if rows[-1][0] == str(hp.train_steps) else {}
+
+
+def against_reference(step: int, val_loss: float, reference: dict[int, tuple]) -> str:
+    """How far the loss is from result #17's, in deviations between its runs; after 60% of the steps also the final
+    loss that this foretells, +- 95%: too wide to be of use before, and no ground to stop a run at any time."""
+    if step not in reference:
+        return ""
+    (mean, sd, slope, half_width), last = reference[step], max(reference)
+    final = f", final {reference[last][0] + slope * (val_loss - mean):.4f} +- {half_width:.4f}"
+    return f" #17 {(val_loss - mean) / sd:+.1f} sd" + final * (0.6 * last <= step < last)
+
+
+def mirror_to_wandb(log: RunLog, mode: str, hp: Hyperparameters):
+    """Send to Weights & Biases, too, whatever the sidecar gets from here on; a trial's curves are named by its seed."""
+    import wandb  # not in requirements.txt: only --wandb needs it
+    run = wandb.init(project="track-3", name=Path(log.text.name).stem, dir="logs", mode=mode, config=vars(hp))
+    run.define_metric("*", step_metric="step")  # W&B's own step may not fall back, as it does from trial to trial
+    write = log.record
+
+    def record(seed: int, step: int, **values):
+        write(seed=seed, step=step, **values)
+        run.log({"step": step} | {f"{name}/seed {seed}": value for name, value in values.items()})
+    log.record = record
+
+
+class Trial:
+    """What a run tells on its way: lines to its log, values to the sidecar, progress to the terminal."""
+
+    def __init__(self, hp: Hyperparameters, seed: int, place: Place, log: RunLog):
+        self.hp, self.seed, self.place, self.log = hp, seed, place, log
+        log.line(f"seed: {seed}")
+        self.bar = tqdm(total=hp.train_steps, desc=f"seed {seed}", disable=None if place.rank == 0 else True,
+                        leave=False,
+                        bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n}/{total}{postfix} [{elapsed}<{remaining}]")
+        self.reference = read_reference(hp)
+        self.initial = math.inf  # the validation loss before the first step
+        self.clock = Clock(place)
+        self.validated = self.logged = (0, 0.0)  # step, seconds
+
+    def after_validation(self, step: int, seconds: float, val_loss: float):
+        """Ends the program where the loss is not finite or, a tenth of the way on, above that of step 0."""
+        step_avg = (seconds - self.validated[1]) / (step - self.validated[0]) if step else math.nan
+        self.validated = (step, seconds)
+        line = (f"step:{step}/{self.hp.train_steps} val_loss:{val_loss:.5f} "
+                f"train_time:{seconds:.3f}s step_avg:{1000 * step_avg:.2f}ms")
+        self.log.line(line)
+        self.log.record(seed=self.seed, step=step, val_loss=val_loss, train_time=seconds)
+        if self.place.rank == 0:
+            self.bar.write(line)
+        self.bar.set_description_str(f"seed {self.seed}" + against_reference(step, val_loss, self.reference))
+        if step == 0:
+            self.initial = val_loss
+        diverged = step >= 0.1 * self.hp.train_steps and val_loss > self.initial
+        if diverged or not math.isfinite(val_loss):
+            self.log.line(f"failed: the validation loss at step {step} is {val_loss}")
+            sys.exit(f"train_gpt.py: the validation loss at step {step} is {val_loss}" if self.place.rank == 0 else 1)
+
+    def after_step(self, step: int, loss: Tensor, lr: float):
+        """`loss`: this rank's, summed over the tokens of the step's batch."""
+        self.bar.update()
+        if step % max(1, self.hp.train_steps // 128):  # to read a loss is to wait for the GPU
+            return
+        dist.all_reduce(loss)
+        loss = loss.item() / self.hp.batch_tokens
+        seconds = self.clock.read()
+        step_time = (seconds - self.logged[1]) / (step - self.logged[0])
+        self.logged = (step, seconds)
+        tokens_per_second = self.hp.batch_tokens / step_time
+        self.log.record(seed=self.seed, step=step, loss=loss, lr=lr, train_time=seconds,
+                        tokens_per_second=tokens_per_second, peak_memory=peak_memory(self.place))
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {1000 * step_time:.0f} ms/step, {tokens_per_second:,.0f} tok/s",
+                                 refresh=False)
+
+
 def train(model: GPT, hp: Hyperparameters, seed: int, batches, validation, place: Place, log: RunLog):
-    """One trial, from a wholly fresh state to its log. Exits at a validation loss that is not finite."""
+    """One trial, from a wholly fresh state to its log."""
     initialise(model, seed)
     for p in model.parameters():
         dist.broadcast(p.detach(), 0)  # nodes of different processors draw different last bits
     optimizers = make_optimizers(model, hp)
-    log.line(f"seed: {seed}")
-    log_every = max(1, hp.train_steps // 128)  # to read a loss is to wait for the GPU
-    bar = tqdm(total=hp.train_steps, desc=f"seed {seed}", disable=None if place.rank == 0 else True, leave=False,
-               bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n}/{total}{postfix} [{elapsed}<{remaining}]")
-    clock = Clock(place)
-    validated = logged = (0, 0.0)  # step, seconds
+    trial = Trial(hp, seed, place, log)
     for step in range(hp.train_steps + 1):
 
         if is_validation_step(step, hp):
-            seconds = clock.read()
-            step_avg = (seconds - validated[1]) / (step - validated[0]) if step else math.nan
-            validated = (step, seconds)
-            val_loss = validation_loss(model, *validation, hp)
-            line = (f"step:{step}/{hp.train_steps} val_loss:{val_loss:.5f} "
-                    f"train_time:{seconds:.3f}s step_avg:{1000 * step_avg:.2f}ms")
-            log.line(line)
-            log.record(seed=seed, step=step, val_loss=val_loss, train_time=seconds)
-            if place.rank == 0:
-                bar.write(line)
-            if not math.isfinite(val_loss):
-                log.line(f"failed: the validation loss at step {step} is {val_loss}")
-                sys.exit(f"train_gpt.py: the validation loss at step {step} is {val_loss}" if place.rank == 0 else 1)
-            clock.resume()
+            seconds = trial.clock.read()
+            trial.after_validation(step, seconds, validation_loss(model, *validation, hp))
+            trial.clock.resume()
         if step == hp.train_steps:
             break
 
         loss = accumulate_gradients(model, *next(batches), hp)
-        factor = learning_rate_factor(step, hp)
         look = log.neurons_every and (step + 1) % log.neurons_every == 0
         before = {key: p.detach().clone() for key, p in neuron_inputs(model).items()} if look else None
+        factor = learning_rate_factor(step, hp)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
             optimizer.step()
         if look:
-            clock.read()
+            trial.clock.read()
             record_neurons(neuron_inputs(model), before, optimizers, seed, step + 1, place, log)
-            clock.resume()
+            trial.clock.resume()
         model.zero_grad()
-
-        bar.update()
-        if (step + 1) % log_every == 0:
-            dist.all_reduce(loss)
-            loss = loss.item() / hp.batch_tokens
-            seconds = clock.read()
-            step_time = (seconds - logged[1]) / (step + 1 - logged[0])
-            logged = (step + 1, seconds)
-            log.record(seed=seed, step=step + 1, loss=loss, lr=hp.matrix_lr * factor, train_time=seconds,
-                       tokens_per_second=hp.batch_tokens / step_time, peak_memory=peak_memory(place))
-            bar.set_postfix_str(f"loss {loss:.3f}, {1000 * step_time:.0f} ms/step, "
-                                f"{hp.batch_tokens / step_time:,.0f} tok/s", refresh=False)
-    bar.close()
+        trial.after_step(step + 1, loss, hp.matrix_lr * factor)
+    trial.bar.close()
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -658,6 +714,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
                              "changes no result")
     parser.add_argument("--dry-run", action="store_true", help="check arguments and data, say what would run, and stop")
     parser.add_argument("--fineweb-shards", action="store_true", help="say how many the run reads, and stop")
+    parser.add_argument("--wandb", choices=("online", "offline"), help="mirror logs/NAME.jsonl to Weights & Biases")
     parser.error = complain
     args = parser.parse_intermixed_args(argv)
     if args.trials < 1 or not 0 <= args.seed < 2**63 - args.trials:
@@ -692,6 +749,8 @@ def main(argv: list[str]):
         if args.fineweb_shards:
             print(fineweb_shards(hp))
             return
+        if args.wandb and not importlib.util.find_spec("wandb"):
+            raise ValueError("--wandb needs the package: pip install wandb")
         if 0 < gpus <= local_rank:
             raise ValueError(f"process {local_rank} of this machine has no GPU: start {gpus}")
         for name in ("batch_tokens", "val_tokens"):
@@ -720,6 +779,8 @@ def main(argv: list[str]):
     if rank == 0:
         for part in (source.rstrip("\n"), "=" * 100, facts(hp, place, shards | val_shards, source), "=" * 100):
             log.line(part)
+        if args.wandb:
+            mirror_to_wandb(log, args.wandb, hp)
     with place.device:
         model = GPT(hp)
     if gpus:

@@ -7,21 +7,22 @@ import glob
 import re
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from math import isfinite
 from pathlib import Path
 
 from records.program import parse
 
 SEPARATOR = re.compile(rb"^={50,}\r?$\n?", re.MULTILINE)
-# The space that must follow a loss rejects one whose digits are cut off by the end of the file.
-LINE = re.compile(
-    r"""^(?: (?:Using\ )?seed[:=]\ ?(?P<seed>\d+)$
-        | failed:\ (?P<failed>.+)
-        | step:(?P<step>\d+)/(?P<train_steps>\d+)\ (?:.*\ )?
-          val_loss:(?P<loss>-?(?:nan|inf|\d+(?:\.\d+)?))(?=\s)
-          (?:.*\ train_time:(?P<time>\d+(?:\.\d+)?)(?P<unit>ms|s)\b)? )""",
-    re.MULTILINE | re.VERBOSE,
-)
+# The next `name:`, which must follow a loss, rejects one whose digits are cut off or apart; a second `step:`, one that
+# belongs to another line.
+LINE = r"""^(?: (?:Using\ )?seed[:=]\ ?(?P<seed>\d+)$
+    | failed:\ (?P<failed>.+)
+    | step:(?P<step>\d+)/(?P<train_steps>\d+)\ (?!.*step:)(?:.*\ )?
+      METRIC:(?P<loss>-?(?:nan|inf|\d+(?:\.\d+)?))(?=\ +\w+:)
+      (?:.*\ train_time:(?P<time>\d+(?:\.\d+)?)(?P<unit>ms|s)\b)? )"""
+NOT_NAMED = "a device that the log does not name"
+MACHINE = re.compile(r"^Running .* on (?P<device>.+?) +with world_size (?P<world>\d+)", re.MULTILINE)
 
 
 @dataclass
@@ -30,10 +31,12 @@ class Trial:
 
     name: str = ""  # the log's path, and which of its trials where it has several
     seed: int | None = None  # None where the log does not tell
-    losses: dict[int, float] = field(default_factory=dict)  # step -> val_loss
+    losses: dict[int, float] = field(default_factory=dict)  # step -> validation loss
     train_steps: int = 0  # length of the schedule
     train_time: float | None = None  # seconds, at the last evaluation
     failed: str | None = None  # the reason that the program gave
+    device: str = NOT_NAMED
+    world: int = 0  # processes; 0 where the log does not tell
 
     @property
     def last_step(self) -> int:
@@ -43,6 +46,11 @@ class Trial:
     def complete(self) -> bool:
         """Whether it was evaluated at the end of its schedule."""
         return self.last_step == self.train_steps > 0
+
+    @property
+    def diverged(self) -> bool:
+        """Whether its losses are why it ended: a result of the recipe, not an accident."""
+        return (self.failed or "").startswith("the validation loss") or not all(map(isfinite, self.losses.values()))
 
     @property
     def fault(self) -> str | None:
@@ -61,9 +69,13 @@ class Log:
     trials: list[Trial]
 
 
-def read(path: Path | str) -> Log:
-    """The log at `path`; ValueError says why a file is none."""
-    source, *rest = SEPARATOR.split(Path(path).read_bytes(), maxsplit=2)
+def read(path: Path | str, metric: str = "val_loss") -> Log:
+    """The log at `path`, with the validation losses called `metric`; ValueError says why a file is none."""
+    return interpret(str(path), Path(path).read_bytes(), metric)
+
+
+def interpret(path: str, content: bytes, metric: str = "val_loss") -> Log:
+    source, *rest = SEPARATOR.split(content, maxsplit=2)
     if not rest:
         raise ValueError(f"{path} is no log: it has no line of =")
     try:
@@ -72,7 +84,12 @@ def read(path: Path | str) -> Log:
         raise ValueError(f"{path} is no log: no program before its line of = ({error})") from None
     # A program that died between the two lines of = leaves one.
     *facts, body = (part.decode(errors="replace").replace("\r\n", "\n") for part in rest)
-    return Log(str(path), source, read_facts("".join(facts)), read_trials(str(path), body))
+    header = "".join(facts)
+    trials = read_trials(path, body, metric)
+    if machine := MACHINE.search(header):
+        for trial in trials:
+            trial.device, trial.world = machine["device"], int(machine["world"])
+    return Log(path, source, read_facts(header), trials)
 
 
 def read_facts(text: str) -> dict[str, list[str]]:
@@ -84,11 +101,18 @@ def read_facts(text: str) -> dict[str, list[str]]:
     return facts
 
 
-def read_trials(path: str, body: str) -> list[Trial]:
+@cache
+def line_pattern(metric: str) -> re.Pattern:
+    return re.compile(LINE.replace("METRIC", re.escape(metric)), re.MULTILINE | re.VERBOSE)
+
+
+def read_trials(path: str, body: str, metric: str) -> list[Trial]:
     """The trials of a log's last part: at least one, without losses where it died before any."""
     trials = [Trial()]
-    for line in LINE.finditer(body):
+    for line in line_pattern(metric).finditer(body):
         trial, step = trials[-1], int(line["step"] or 0)
+        if line["step"] and trial.losses and step == trial.last_step and float(line["loss"]) == trial.losses[step]:
+            continue  # one line printed twice
         # Upstream tells trials apart by nothing but a step that falls back.
         restarts = line["step"] and trial.losses and step <= trial.last_step
         if trial != Trial() and (line["seed"] or restarts):
@@ -119,7 +143,7 @@ def expand(names: list[str]) -> list[Path]:
     return list(dict.fromkeys(paths))
 
 
-def load(names: list[str]) -> list[Log]:
+def load(names: list[str], metric: str = "val_loss") -> list[Log]:
     """The logs that `names` mean, every curve once; stderr names what is left out.
 
     ValueError where no log is left.
@@ -127,7 +151,7 @@ def load(names: list[str]) -> list[Log]:
     logs, skipped = [], []
     for path in expand(names):
         try:
-            logs.append(read(path))
+            logs.append(read(path, metric))
         except ValueError as error:
             skipped.append(str(error))
     if not logs:

@@ -1,7 +1,10 @@
 """What the program at the head of a log says of its run. It is parsed, never executed."""
 
 import ast
+import hashlib
 import operator
+import re
+import warnings
 from functools import cache
 
 UPSTREAM_TARGET = 3.28  # nats a token; upstream's programs have no field that says so
@@ -13,14 +16,21 @@ ARITHMETIC = {
     ast.Div: operator.truediv,
 }
 
+# A section's title between two lines of #, or upstream's parts of its training loop.
+TITLE = re.compile(
+    r"^ *#{10,}\n *# +(?P<title>.+?) +#\n *#{10,}$|^ *# -{5,} (?P<part>.+?) SECTION -{5,}$", re.MULTILINE
+)
+
 
 @cache  # twenty logs of one program are parsed once
 def parse(source: bytes) -> ast.Module:
     """The program, to be read only; ValueError says why `source` is none."""
     try:
-        program = ast.parse(source)
-    except SyntaxError as error:
-        raise ValueError(str(error)) from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # doubtful escapes and the like: not for the reader of a log to mend
+            program = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: brackets nested too deep
+        raise ValueError(str(error) or type(error).__name__) from None
     if not program.body:
         raise ValueError("nothing")
     return program
@@ -52,19 +62,43 @@ def number(expression: ast.expr) -> float:
         case ast.UnaryOp(ast.USub(), operand):
             return -number(operand)
         case ast.BinOp(left, op, right) if type(op) in ARITHMETIC:
-            return ARITHMETIC[type(op)](number(left), number(right))
+            try:
+                return ARITHMETIC[type(op)](number(left), number(right))
+            except ArithmeticError as error:
+                raise ValueError(f"not a number: {ast.unparse(expression)} ({error})") from None
     raise ValueError(f"not a number: {ast.unparse(expression)}")
 
 
 @cache
 def recipe(source: bytes) -> str:
-    """What decides the result: equal for programs that differ in nothing but layout, comments,
+    """A hash of what decides the result: equal for programs that differ in nothing but layout, comments,
     docstrings, the seed and `Hyperparameters.micro_batch`, which only divides the work."""
-    program = ast.parse(source)
-    for node in ast.walk(program):
-        if isinstance(getattr(node, "body", None), list):  # a lambda's body is an expression
-            node.body = [part for part in node.body if not idle(part, node)]
-    return ast.dump(program)
+    return fingerprint(parse(source).body)
+
+
+def fingerprint(statements: list[ast.stmt]) -> str:
+    """SHA-256 of what these statements do: positions, comments and what is `idle` are passed over."""
+    parts = []
+
+    def visit(node: ast.AST) -> None:
+        parts.append(type(node).__name__)
+        for name in node._fields:
+            value = getattr(node, name, None)
+            if isinstance(value, ast.AST):
+                visit(value)
+            elif isinstance(value, list) and value:  # newer Pythons have more fields, which are empty
+                parts.append(name)
+                for part in value:
+                    if not isinstance(part, ast.AST):
+                        parts.append(repr(part))
+                    elif not (isinstance(part, ast.stmt) and idle(part, node)):
+                        visit(part)
+                parts.append("end")
+            elif value not in (None, []) and name not in ("kind", "type_comment"):
+                parts.append(f"{name} {value!r}")
+
+    visit(ast.Module(statements, []))
+    return hashlib.sha256("\n".join(parts).encode(errors="surrogatepass")).hexdigest()
 
 
 def idle(statement: ast.stmt, parent: ast.AST) -> bool:
@@ -76,4 +110,88 @@ def idle(statement: ast.stmt, parent: ast.AST) -> bool:
             return True
         case ast.AnnAssign(ast.Name("micro_batch")):
             return isinstance(parent, ast.ClassDef) and parent.name == "Hyperparameters"
+    return False
+
+
+def sections(source: bytes) -> dict[str, list[str]]:
+    """The lines of a program by the titles of its parts; what stands before the first is the `head`."""
+    text = source.decode(errors="replace").replace("\r\n", "\n")
+    found, title, start = {}, "head", 0
+    for match in TITLE.finditer(text):
+        found.setdefault(title, []).extend(text[start:match.start()].splitlines())
+        title, start = section_name(match["title"] or match["part"]), match.end()
+    found.setdefault(title, []).extend(text[start:].splitlines())
+    return found
+
+
+def section_name(title: str) -> str:
+    """Upstream's titles and ours by one name."""
+    words = title.lower()
+    known = {"data": "data", "dataloader": "data", "architecture": "model", "validation": "evaluation"}
+    return known.get(words, words)
+
+
+def constants(source: bytes) -> dict[str, str]:
+    """Every name that is given a literal: fields, assignments, defaults of parameters, keywords of calls.
+
+    `Muon(lr)` is the keyword lr where Muon is called; a name that recurs is numbered from its second time on.
+    """
+    found: dict[str, str] = {}
+
+    def note(name: str, value: ast.expr | None) -> None:
+        if value is None or not literal(value):
+            return
+        count, key = 1, name
+        while key in found:
+            count += 1
+            key = f"{name} #{count}"
+        found[key] = ast.unparse(value)
+
+    def visit(node: ast.AST, scope: str) -> None:
+        inner = scope
+        match node:
+            case ast.ClassDef(name):
+                inner = f"{scope}{name}."
+            case ast.FunctionDef(name, arguments):
+                inner = f"{scope}{name}."
+                named = arguments.posonlyargs + arguments.args
+                for argument, value in zip(named[len(named) - len(arguments.defaults):], arguments.defaults):
+                    note(f"{scope}{name}({argument.arg})", value)
+                for argument, value in zip(arguments.kwonlyargs, arguments.kw_defaults):
+                    note(f"{scope}{name}({argument.arg})", value)
+            case ast.Assign(targets, value):
+                for place in targets:
+                    note(scope + ast.unparse(place), value)
+            case ast.AnnAssign(place, _, value):
+                note(scope + ast.unparse(place), value)
+            case ast.Call(function, _, keywords):
+                call = scope + ast.unparse(function) + group(keywords)
+                for keyword in keywords:
+                    note(f"{call}({keyword.arg})", keyword.value)
+        for child in ast.iter_child_nodes(node):
+            if not (isinstance(child, ast.stmt) and idle(child, node)):
+                visit(child, inner)
+
+    visit(parse(source), "")
+    return found
+
+
+def group(keywords: list[ast.keyword]) -> str:
+    """What tells one parameter group of an optimizer from the next."""
+    return "".join(f"[{ast.unparse(keyword.value)}]" for keyword in keywords if keyword.arg == "params")
+
+
+def literal(expression: ast.expr) -> bool:
+    """A constant, arithmetic of numbers, or a tuple, list or dictionary of such."""
+    match expression:
+        case ast.Constant():
+            return True
+        case ast.Tuple(parts) | ast.List(parts):
+            return all(map(literal, parts))
+        case ast.Dict(keys, values):
+            return all(map(literal, [key for key in keys if key] + values))
+        case ast.UnaryOp(ast.USub(), operand):
+            return literal(operand)
+        case ast.BinOp(left, _, right):
+            return literal(left) and literal(right)
     return False

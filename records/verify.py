@@ -1,112 +1,161 @@
 """`verify`: do these runs make a record, and from which evaluated step on?"""
 
+import hashlib
 from collections import Counter
+from math import inf, sqrt
 
-from records.log import Log, Trial, load
-from records.program import UPSTREAM_TARGET, recipe, target
-from records.statistics import Judgement, judge
+from records.log import Trial
+from records.program import UPSTREAM_TARGET
+from records.sample import Sample, progress
+from records.statistics import Moments, crossing, judge, t_cdf
 
 # From the mean and deviation of its 20 published runs: its true margin is 0.00116 nats.
-FAITHFUL = "note: a faithful rerun of result #17 passes at 3175 in 0.5% of cases at n=1, 6% at n=4"
+FAITHFUL = "note: a faithful rerun of result #17 passes at 3175 in 0.5% of cases at n=1, 6% at n=4; see reproduce"
+RULE_5 = "note: rule 5 of the track allows no run to be left out because of its losses"
 
 
-def verify(names: list[str], mixed: bool, every_step: bool) -> bool:
-    """Print the verdict of the official rule on the logs that `names` mean, and return it.
+def verify(sample: Sample) -> dict:
+    """The verdict of the official rule on a sample, with all that it rests on.
 
-    ValueError where there is no log, or where the runs are not one sample and `mixed` is False.
+    A run that diverged is a result: its loss is above every target, so nothing passes. One that was killed or failed
+    for another reason is an accident: it is shown and left out of the means.
     """
-    logs = load(names)
-    trials = [trial for log in logs for trial in log.trials]
-    used = usable(trials)
-    difference = mixture(logs, used)
-    if difference and not mixed:
-        raise ValueError(f"{difference}; --mixed looks anyway")
-    goal = min(target(log.source) for log in logs)
-    judgements = judge_steps(used, goal)
-
-    print(f"{len(used)} of {len(trials)} runs used, target {goal:g}")
-    for trial in trials:
-        if trial not in used:
-            print(f"not used: {trial.name}: {trial.fault or progress(trial)}")
-    if difference:
-        print(f"mixed: {difference}")
-    if not used:
-        print("FAIL: no run can be used")
-        return False
-    if not used[0].complete:
-        print(f"note: every run used {progress(used[0])}")
-    print_table(judgements, every_step)
-    print(verdict(judgements, len(trials), goal) + ("; mixed" if difference else ""))
-    passes = any(at.passes for at in judgements.values())
-    if not passes and len(used) <= 4 and goal == UPSTREAM_TARGET:
-        print(FAITHFUL)
-    return passes
-
-
-def usable(trials: list[Trial]) -> list[Trial]:
-    """The trials that ended as their recipe means them to."""
-    sound = [trial for trial in trials if not trial.fault]
-    ends = Counter(trial.last_step for trial in sound)
-    furthest = max(ends, default=0)
-    # Several results stop short of their schedule (#45: at 2720 of 2900), all runs at one step;
-    # one run alone that does so cannot be told from one that was killed.
-    by_design = furthest > 0 and ends[furthest] > 1
-    return [t for t in sound if t.complete or by_design and t.last_step == furthest]
-
-
-def progress(trial: Trial) -> str:
-    if not trial.losses:
-        return "stopped before its first validation"
-    return f"stopped at step {trial.last_step} of {trial.train_steps}"
-
-
-def mixture(logs: list[Log], used: list[Trial]) -> str | None:
-    """Why these runs are not one sample, or None."""
-    kinds = {
-        "targets": {target(log.source): log.path for log in logs},
-        "programs": {recipe(log.source): log.path for log in logs},
-        "evaluated steps": {tuple(trial.losses): trial.name for trial in used},
+    steps = {step: judge(at, sample.target) for step, at in sample.moments.items()}
+    earliest = sample.earliest()
+    return {
+        "verdict": earliest is not None and not sample.diverged,
+        "earliest": earliest,
+        "target": sample.target,
+        "metric": sample.metric,
+        "started": len(sample.trials) or sample.n,
+        "diverged": len(sample.diverged),
+        "used": len(sample.used) or sample.n,
+        "train_steps": sample.train_steps,
+        "source_sha256": hashlib.sha256(sample.source).hexdigest() if sample.source else None,
+        "devices": Counter(f"{trial.device}, world_size {trial.world or '?'}" for trial in sample.used),
+        "mixed": sample.mixture,
+        "remarks": sample.remarks,
+        "steps": [{"step": step, **at._asdict()} for step, at in steps.items()],
+        "crossing": crossings(sample),
+        "runs": [describe(trial, sample) for trial in sample.trials],
     }
-    for what, examples in kinds.items():
-        if len(examples) > 1:
-            first, second, *_ = examples.values()
-            return f"{len(examples)} different {what}, as in {first} and {second}"
-    return None
 
 
-def judge_steps(used: list[Trial], goal: float) -> dict[int, Judgement]:
-    """The judgement at every step that all runs share; ValueError where they share none."""
+def describe(trial: Trial, sample: Sample) -> dict:
+    used = any(trial is other for other in sample.used)
+    finite = {step: loss if abs(loss) < float("inf") else str(loss) for step, loss in trial.losses.items()}
+    return {"name": trial.name, "seed": trial.seed, "used": used, "diverged": trial.diverged,
+            "why": None if used else trial.fault or progress(trial), "losses": finite}
+
+
+def crossings(sample: Sample) -> dict | None:
+    """Interpolated, and so descriptive: where single runs come down to the target."""
+    if not sample.used:
+        return None
+    steps = [crossing(trial.losses, sample.target) for trial in sample.used]
+    crossed = [step for step in steps if step is not None]
+    if not crossed:
+        return {"n": 0, "of": len(steps), "mean": None, "sd": None}
+    return {**Moments.of(crossed)._asdict(), "of": len(steps)}
+
+
+def text(result: dict, every_step: bool = False) -> str:
+    started, used = result["started"], result["used"]
+    lines = [f"{used} of {started} runs used, target {result['target']:g}"]
+    lines += [f"not used: {run['name']}: {run['why']}" for run in result["runs"] if not run["used"]]
+    lines += [f"{count} on {device}" for device, count in result["devices"].items() if "?" not in device]
+    if result["mixed"]:
+        lines.append(f"mixed: {result['mixed']}")
     if not used:
-        return {}
-    steps = sorted(set.intersection(*(set(trial.losses) for trial in used)))
-    if not steps:
-        raise ValueError("no step at which every run was evaluated")
-    return {step: judge([trial.losses[step] for trial in used], goal) for step in steps}
+        return "\n".join([*lines, "FAIL: no run can be used"])
+    last = result["steps"][-1]["step"]
+    if last < result["train_steps"]:
+        lines.append(f"note: every run used stopped at step {last} of {result['train_steps']}, or before")
+    lines += table(result, every_step)
+    if (at := result["crossing"]) and at["n"]:
+        spread = f" (sd {at['sd']:.0f})" if at["sd"] is not None else ""
+        lines.append(f"interpolated, descriptive only: {at['n']} of {at['of']} runs cross {result['target']:g}, "
+                     f"on average at step {at['mean']:.0f}{spread}")
+    at = next(at for at in result["steps"] if at["step"] == quoted(result))
+    lines.append(significance(at, result["target"]))
+    if at["n"] < started:
+        lines.append(RULE_5)
+    lines += [f"note: {remark}" for remark in result["remarks"]]
+    lines.append(sentence(result) + ("; mixed" if result["mixed"] else ""))
+    if not result["verdict"] and used <= 4 and result["target"] == UPSTREAM_TARGET:
+        lines.append(FAITHFUL)
+    return "\n".join(lines)
 
 
-def print_table(judgements: dict[int, Judgement], every_step: bool) -> None:
-    """One line a step: by default the last tenth of the run, and the earliest that passes."""
-    earliest = next((step for step, at in judgements.items() if at.passes), None)
-    print("   step    n       mean       sd   statistic  rule  runs needed")
-    for step, at in judgements.items():
-        if every_step or step >= 0.9 * max(judgements) or step == earliest:
-            sd = "-" if at.sd is None else f"{at.sd:.5f}"
-            outcome = "PASS" if at.passes else "FAIL"
-            print(
-                f"{step:>7}{at.n:>5}{at.mean:>11.6f}{sd:>9}{at.statistic:>+12.5f}{outcome:>6}"
-                f"{at.runs_needed or '-':>13}"
-            )
+def significance(at: dict, target: float) -> str:
+    """By the deviation that the rule assumes; for another kind of loss, by the sample's own."""
+    where = f"at step {at['step']}, n={at['n']}"
+    if target == UPSTREAM_TARGET:
+        return f"{where}: z = {at['z']:.2f}, p = {at['p']:.1g} for the rule's sd of 0.0013"
+    if at["sd"] is None:
+        return f"{where}: the rule's sd of 0.0013 is not this recipe's, and one run does not tell it"
+    t = (target - at["mean"]) * sqrt(at["n"]) / at["sd"] if at["sd"] else inf
+    return (f"{where}: the rule's sd of 0.0013 is not this recipe's; with its own, "
+            f"t = {t:.2f}, p = {t_cdf(-t, at['n'] - 1):.1g}")
 
 
-def verdict(judgements: dict[int, Judgement], started: int, goal: float) -> str:
+def shown(result: dict, every_step: bool) -> list[dict]:
+    """The last tenth of the run and the earliest step that passes, or all."""
+    last = result["steps"][-1]["step"]
+    return [at for at in result["steps"]
+            if every_step or at["step"] >= 0.9 * last or at["step"] == result["earliest"]]
+
+
+def table(result: dict, every_step: bool) -> list[str]:
+    lines = ["   step    n       mean       sd   statistic  rule  runs needed"]
+    for at in shown(result, every_step):
+        sd = "-" if at["sd"] is None else f"{at['sd']:.5f}"
+        lines.append(f"{at['step']:>7}{at['n']:>5}{at['mean']:>11.6f}{sd:>9}{at['statistic']:>+12.5f}"
+                     f"{'PASS' if at['passes'] else 'FAIL':>6}{at['runs_needed'] or '-':>13}")
+    return lines
+
+
+def quoted(result: dict) -> int:
+    """The earliest step to pass, or else the one that comes closest."""
+    return result["earliest"] or min(result["steps"], key=lambda at: at["mean"])["step"]
+
+
+def sentence(result: dict) -> str:
     """The one line to quote."""
-    passing = [step for step, at in judgements.items() if at.passes]
-    step = passing[0] if passing else min(judgements, key=lambda step: judgements[step].mean)
-    at = judgements[step]
-    runs = f"n={at.n}" if at.n == started else f"n={at.n} of {started}"
-    mean = f"mean {at.mean:.6f} ({runs}, target {goal:g})"
-    if passing:
+    step = quoted(result)
+    at = next(at for at in result["steps"] if at["step"] == step)
+    started = result["started"]
+    runs = f"n={at['n']}" if at["n"] == started else f"n={at['n']} of {started}"
+    mean = f"mean {at['mean']:.6f} ({runs}, target {result['target']:g})"
+    if result["diverged"]:
+        passing = f"; among the others, step {step} would pass" if result["earliest"] else ""
+        return f"FAIL: {result['diverged']} of {started} runs diverged{passing}, at {mean}"
+    if result["earliest"]:
         return f"PASS: {step} is the earliest step to pass, at {mean}"
-    if at.runs_needed:
-        return f"FAIL: no step passes; {step} would need {at.runs_needed} runs at {mean}"
+    if at["runs_needed"]:
+        return f"FAIL: no step passes; {step} would need {at['runs_needed']} runs at {mean}"
     return f"FAIL: no step passes; {step} comes closest, at {mean}"
+
+
+def markdown(result: dict) -> str:
+    """What a submission shows: the losses by seed at up to four steps, the rule below, the row of the leaderboard."""
+    if not result["steps"]:
+        return "FAIL: no run can be used"
+    places = [at["step"] for at in result["steps"]]
+    claimed = result["steps"][places.index(result["earliest"] or places[-1])]
+    start = max(0, places.index(claimed["step"]) - 1)
+    steps = result["steps"][start:start + 4]
+    rows = [["run", *(at["step"] for at in steps)], ["---"] * (len(steps) + 1)]
+    for k, run in enumerate(result["runs"], 1):
+        losses = [run["why"]] * len(steps) if run["why"] else [
+            f"{run['losses'][at['step']]:.5f}" if at["step"] in run["losses"] else "-" for at in steps]
+        rows.append([f"run {k}" if run["seed"] is None else f"seed {run['seed']}", *losses])
+    rows += [["**mean**", *(f"{at['mean']:.6f}" for at in steps)],
+             ["**sd**", *("-" if at["sd"] is None else f"{at['sd']:.5f}" for at in steps)],
+             ["**(target - mean) sqrt(n)**", *(f"{at['statistic']:+.5f}" for at in steps)],
+             ["**at least 0.004**", *("PASS" if at["passes"] else "FAIL" for at in steps)]]
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in rows]
+    evidence = f"{claimed['mean']:.4f} (n={claimed['n']}){'✓' if result['verdict'] else ' FAIL'}"
+    return "\n".join([*lines, "", sentence(result), "",
+                      "| # | Steps to 3.28 | Evidence | Description | Date | Log | Contributors |",
+                      "| - | - | - | - | - | - | - |", f"| | {claimed['step']} | {evidence} | | | | |"])

@@ -1,0 +1,72 @@
+"""`diff`: what changed between the programs of two logs: constants first, then source by section."""
+
+import difflib
+import re
+from pathlib import Path
+
+from records.log import read
+from records.program import constants, parse, recipe, sections
+
+# The rules of the track fix the data, the architecture, the batch and the evaluation.
+FIXED_SECTIONS = ("data", "model", "evaluation")
+FIXED = re.compile(
+    r"\b(val_\w+|validation\w*|batch_size|batch_tokens|seq_len|sequence_length|train_files|vocab_size|num_layers|"
+    r"model_dim|head_dim|eval)\b|fineweb"
+)
+
+
+def program(path: str) -> bytes:
+    """The program at the head of a log, or a .py file's text; ValueError says why a file is neither."""
+    if not path.endswith(".py"):
+        return read(path).source
+    source = Path(path).read_bytes()
+    try:
+        parse(source)
+    except ValueError as error:
+        raise ValueError(f"{path} is no program: {error}") from None
+    return source
+
+
+def diff(a: str, b: str) -> dict:
+    """The verdict is that both are the same recipe."""
+    old, new = program(a), program(b)
+    before, after = constants(old), constants(new)
+    names = [name for name in [*before, *(n for n in after if n not in before)] if before.get(name) != after.get(name)]
+    parts = (sections(old), sections(new))
+    titles = list(dict.fromkeys([*parts[0], *parts[1]]))
+    return {
+        "verdict": recipe(old) == recipe(new), "a": a, "b": b,
+        "constants": [{"name": name, "a": before.get(name), "b": after.get(name), "fixed": bool(FIXED.search(name))}
+                      for name in names],
+        "sections": [section for title in titles
+                     if (section := compare_section(title, *(part.get(title, []) for part in parts)))],
+    }
+
+
+def compare_section(title: str, a: list[str], b: list[str]) -> dict | None:
+    """None where nothing but comments and blank lines differ."""
+    old, new = ([line for line in lines if line.strip() and not line.strip().startswith("#")] for lines in (a, b))
+    lines = [line for line in difflib.unified_diff(old, new, lineterm="", n=1) if not line.startswith(("---", "+++"))]
+    changed = [line for line in lines if line[0] in "+-"]
+    if not changed:
+        return None
+    return {"title": title, "removed": sum(line[0] == "-" for line in changed),
+            "added": sum(line[0] == "+" for line in changed), "lines": lines,
+            "fixed": title in FIXED_SECTIONS or any(FIXED.search(line) for line in changed)}
+
+
+def text(result: dict) -> str:
+    lines = [f"a: {result['a']}", f"b: {result['b']}"]
+    if result["verdict"]:
+        return "\n".join([*lines, "SAME: nothing differs but layout, comments, docstrings, seed and micro-batch"])
+    if result["constants"]:
+        lines += ["", "constants (! touches data, model, batch or evaluation, which the rules fix)"]
+        lines += [f"{'!' if row['fixed'] else ' '} {row['name']}: {row['a'] or '-'} -> {row['b'] or '-'}"
+                  for row in result["constants"]]
+    for section in result["sections"]:
+        mark = "  ! touches what the rules fix" if section["fixed"] else ""
+        lines += ["", f"{section['title']}: {section['removed']} lines out, {section['added']} in{mark}",
+                  *section["lines"]]
+    fixed = sum(part["fixed"] for part in result["constants"] + result["sections"])
+    return "\n".join([*lines, "", f"DIFFERENT: {len(result['constants'])} constants, {len(result['sections'])} sections"
+                      f"; {fixed} of them touch data, model, batch or evaluation"])

@@ -1,0 +1,64 @@
+"""`list`: the published results, and every group of runs below a folder."""
+
+from pathlib import Path
+
+from records import published
+from records.log import Log, load
+from records.program import recipe
+from records.sample import Sample, from_logs, groups
+from records.statistics import judge
+
+RECORDS = Path(__file__).resolve().parent
+
+
+def leaderboard(names: list[str], metric: str = "val_loss") -> dict:
+    """The groups in the logs that `names` mean; without names, the published results and the runs in records/."""
+    logs = load(names or [str(RECORDS)], metric)
+    return {
+        "verdict": True,
+        "published": [] if names else [row._asdict() for row in published.results().values()],
+        "groups": [describe(group, metric) for group in groups(logs)],
+    }
+
+
+def describe(group: list[Log], metric: str) -> dict:
+    """One recipe on one device: what stands in a row of the table."""
+    row = {"program": recipe(group[0].source)[:8], "device": group[0].trials[0].device, "first": group[0].path,
+           "logs": len(group), "runs": sum(len(log.trials) for log in group)}
+    try:
+        sample = from_logs("", group, metric)
+    except ValueError as error:  # no step in common
+        return row | {"used": 0, "note": str(error)}
+    return row | figures(sample)
+
+
+def figures(sample: Sample) -> dict:
+    if not sample.moments:
+        return {"used": 0, "note": "no finished run"}
+    claim, passes = sample.claim(), sample.earliest() is not None and not sample.diverged
+    notes = [note for note in (f"{len(sample.diverged)} diverged" if sample.diverged else "", sample.mixture) if note]
+    return {"used": claim.n, "target": sample.target, "step": claim.step, "mean": claim.mean,
+            "statistic": judge(sample.moments[claim.step], sample.target).statistic, "passes": passes,
+            "note": "; ".join(notes)}
+
+
+def text(result: dict) -> str:
+    lines = []
+    if result["published"]:
+        lines.append("  #  steps    mean    n  accepted results of upstream (! then the fewest steps)")
+    for row in result["published"]:
+        mark = "!" if row["world_record"] else " "
+        lines.append(f"{row['record']:>3}  {row['step']:>5}{mark} {row['mean']:.4f}{row['n']:>4}  "
+                     f"{row['date']}  {row['summary']}")
+    lines += [""] * bool(lines)
+    lines.append("program   runs  used   step      mean  rule  target  logs")
+    for row in result["groups"]:
+        place = Path(row["first"])
+        where = f"{place.parent.name}/{place.name}" + f" and {row['logs'] - 1} more" * (row["logs"] > 1)
+        figures = "      -         -     -       -"
+        if row["used"]:
+            figures = (f"{row['step']:>7}{row['mean']:>10.5f}{'PASS' if row['passes'] else 'FAIL':>6}"
+                       f"{row['target']:>8g}")
+        lines.append(f"{row['program']}{row['runs']:>6}{row['used']:>6}{figures}  {where}"
+                     + f" ({row['note']})" * bool(row["note"]))
+    return "\n".join(lines)
