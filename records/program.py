@@ -154,11 +154,8 @@ def constants(source: bytes) -> dict[str, str]:
                 inner = f"{scope}{name}."
             case ast.FunctionDef(name, arguments):
                 inner = f"{scope}{name}."
-                named = arguments.posonlyargs + arguments.args
-                for argument, value in zip(named[len(named) - len(arguments.defaults):], arguments.defaults):
-                    note(f"{scope}{name}({argument.arg})", value)
-                for argument, value in zip(arguments.kwonlyargs, arguments.kw_defaults):
-                    note(f"{scope}{name}({argument.arg})", value)
+                for argument, value in defaults(arguments):
+                    note(f"{scope}{name}({argument})", value)
             case ast.Assign(targets, value):
                 for place in targets:
                     note(scope + ast.unparse(place), value)
@@ -174,6 +171,12 @@ def constants(source: bytes) -> dict[str, str]:
 
     visit(parse(source), "")
     return found
+
+
+def defaults(arguments: ast.arguments) -> list[tuple[str, ast.expr | None]]:
+    named = (arguments.posonlyargs + arguments.args)[-len(arguments.defaults):] if arguments.defaults else []
+    pairs = [*zip(named, arguments.defaults), *zip(arguments.kwonlyargs, arguments.kw_defaults)]
+    return [(argument.arg, value) for argument, value in pairs]
 
 
 def group(keywords: list[ast.keyword]) -> str:
