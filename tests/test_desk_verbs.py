@@ -112,7 +112,8 @@ def test_compare_pairs_by_seed(tmp_path, capsys):
     noisy = [{step: loss + shift for step, loss in losses.items()} for losses, shift in shifted]
     a = write(tmp_path / "a.txt", *(part for k, c in zip((3, 1, 2), noisy) for part in (f"seed: {k}\n", c)))
     alone = ["seed: 9\n", {step: loss + 0.0001 for step, loss in one.items()}]
-    b = write(tmp_path / "b.txt", *alone, *(part for k, c in zip((1, 2, 3), (one, two, three)) for part in (f"seed: {k}\n", c)))
+    b = write(tmp_path / "b.txt", *alone,
+              *(part for k, c in zip((1, 2, 3), (one, two, three)) for part in (f"seed: {k}\n", c)))
     out = run(capsys, "compare", a, b)[1]
     assert "paired by seed at step 3200, 3 pairs: +0.00100 +- 0.00025, p = 0.0033" in out
     assert "at step 3200, 3 pairs: -0.00100" in run(capsys, "compare", b, a)[1]
