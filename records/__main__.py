@@ -28,74 +28,13 @@ def main(arguments: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     desk = argparse.ArgumentParser(prog="python -m records", description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = desk.add_subparsers(metavar="VERB", required=True)
-
-    def add(run, example: str, reads_runs: bool = True) -> argparse.ArgumentParser:
-        verb = verbs.add_parser(run.__name__.rstrip("_"), help=run.__doc__, description=run.__doc__,
-                                epilog=f"example: python -m records {example}")
-        verb.set_defaults(run=run)
-        if reads_runs:
-            verb.add_argument("--mixed", action="store_true", help="look at runs that are not one sample")
-            verb.add_argument("--metric", default="val_loss", metavar="NAME",
-                              help="the loss to read (default val_loss)")
-        return verb
-
-    verb = add(verify, "verify logs/")
-    verb.add_argument("logs", nargs="+", metavar="LOG")
-    verb.add_argument("--all", action="store_true", help="show every step, not only the last")
-    verb.add_argument("--markdown", action="store_true", help="the tables of a submission")
-    verb.add_argument("--json", action="store_true")
-
-    verb = add(reproduce, "reproduce logs/ --of 17")
-    verb.add_argument("logs", nargs="+", metavar="LOG")
-    verb.add_argument("--of", type=int, default=17, metavar="N", help="the published result (default 17)")
-    verb.add_argument("--json", action="store_true")
-
-    verb = add(compare, "compare 'logs/new-*.txt' logs/old 17")
-    verb.add_argument("new", metavar="A")
-    verb.add_argument("others", nargs="+", metavar="B")
-    verb.add_argument("--all", action="store_true", help="show every common step")
-    verb.add_argument("--json", action="store_true")
-
-    verb = add(diff, "diff logs/OLD.txt logs/NEW.txt", reads_runs=False)
-    verb.add_argument("a", metavar="A", help="a log, or a .py file")
-    verb.add_argument("b", metavar="B")
-    verb.add_argument("--json", action="store_true")
-
-    verb = add(plan, "plan logs/ --price 2.5 --gpus 8")
-    verb.add_argument("logs", nargs="+", metavar="LOG")
-    verb.add_argument("--step", type=int, metavar="N", help="an evaluated step (default: the one that verify quotes)")
-    verb.add_argument("--price", type=float, metavar="P", help="of a GPU for an hour")
-    verb.add_argument("--gpus", type=int, default=1, metavar="G", help="GPUs that a run takes (default 1)")
-    verb.add_argument("--json", action="store_true")
-
-    verb = add(lint, "lint logs/RUN.txt --against logs/BASE.txt", reads_runs=False)
-    verb.add_argument("log", metavar="LOG", help="a log, or a .py file")
-    verb.add_argument("--against", metavar="BASE", help="whose data and model count as unchanged (default: this "
-                      "project's train_gpt.py for its logs, upstream's baseline for others)")
-    verb.add_argument("--json", action="store_true")
-
-    verb = add(plot, "plot 'logs/new-*.txt' logs/old --over 17 -o curves.png")
-    verb.add_argument("sets", nargs="+", metavar="A")
-    verb.add_argument("--over", type=int, nargs="+", default=[], metavar="N", help="published results, grey behind")
-    verb.add_argument("-o", metavar="FILE", dest="output", default="curves.png",
-                      help=".png or .svg (default curves.png)")
-
-    verb = add(report, "report -o report.html")
-    verb.add_argument("logs", nargs="*", metavar="LOG", help="(default: the logs in records/)")
-    verb.add_argument("-o", metavar="FILE", dest="output", default="report.html", help="(default report.html)")
-
-    verb = add(list_, "list records/ logs/")
-    verb.add_argument("logs", nargs="*", metavar="LOG")
-    verb.add_argument("--json", action="store_true")
-
-    verb = add(extract, "extract logs/RUN.txt -o train.py", reads_runs=False)
-    verb.add_argument("log", metavar="LOG")
-    verb.add_argument("-o", metavar="FILE", dest="output", help="write it to a new file")
-
-    verb = add(neurons, "neurons logs/RUN.txt -o neurons.png", reads_runs=False)
-    verb.add_argument("log", metavar="LOG")
-    verb.add_argument("-o", metavar="FILE.png", dest="output", help="draw it: over time, and layer by layer")
+    places = desk.add_subparsers(metavar="VERB", required=True)
+    for run, example, arguments in VERBS:
+        place = places.add_parser(run.__name__.rstrip("_"), help=run.__doc__, description=run.__doc__,
+                                  epilog=f"example: python -m records {example}")
+        place.set_defaults(run=run)
+        for names, settings in arguments:
+            place.add_argument(*names, **settings)
     return desk
 
 
@@ -112,8 +51,34 @@ def fold(text: str) -> str:
     return "\n".join(part for parts in lines for part in parts)
 
 
+VERBS = []
+
+
+def verb(example: str, *arguments: tuple[tuple, dict]):
+    """The decorated function is a verb: its name, its first line of help, and what it takes."""
+    def add(run):
+        VERBS.append((run, example, arguments))
+        return run
+    return add
+
+
+def argument(*names: str, **settings) -> tuple[tuple, dict]:
+    return names, settings
+
+
+LOGS = argument("logs", nargs="+", metavar="LOG")
+JSON = argument("--json", action="store_true", help="for machines")
+ALL = argument("--all", action="store_true", help="show every common step, not only the last")
+READING = (
+    argument("--mixed", action="store_true", help="look at runs that are not one sample"),
+    argument("--metric", default="val_loss", metavar="NAME", help="the loss to read (default val_loss)"),
+)
+
+
 # The modules of a verb are imported where it runs: none waits for what another needs.
 
+@verb("verify logs/", LOGS, *READING, ALL, JSON,
+      argument("--markdown", action="store_true", help="the tables of a submission"))
 def verify(options: argparse.Namespace) -> int:
     """is it a record? the official rule at every step that the runs share"""
     from records import verify as desk
@@ -122,6 +87,8 @@ def verify(options: argparse.Namespace) -> int:
     return show(result, desk.markdown(result) if options.markdown else desk.text(result, options.all), options)
 
 
+@verb("reproduce logs/ --of 17", LOGS, *READING, JSON,
+      argument("--of", type=int, default=17, metavar="N", help="the published result (default 17)"))
 def reproduce(options: argparse.Namespace) -> int:
     """is it the same as a published result? an equivalence test, from one run on"""
     from records import reproduce as desk
@@ -131,6 +98,8 @@ def reproduce(options: argparse.Namespace) -> int:
     return show(result, desk.text(result), options)
 
 
+@verb("compare 'logs/new-*.txt' logs/old 17", argument("new", metavar="A"),
+      argument("others", nargs="+", metavar="B"), *READING, ALL, JSON)
 def compare(options: argparse.Namespace) -> int:
     """is A better than B, than C? each is a folder, a quoted glob, or a published result's number"""
     from records import compare as desk
@@ -140,6 +109,8 @@ def compare(options: argparse.Namespace) -> int:
     return show(result, desk.text(result, options.all), options)
 
 
+@verb("diff logs/OLD.txt logs/NEW.txt", argument("a", metavar="A", help="a log, or a .py file"),
+      argument("b", metavar="B"), JSON)
 def diff(options: argparse.Namespace) -> int:
     """what changed between two programs: constants, then source by section; code 0 where nothing did"""
     from records import diff as desk
@@ -147,6 +118,20 @@ def diff(options: argparse.Namespace) -> int:
     return show(result, desk.text(result), options)
 
 
+@verb("lint logs/RUN.txt --against logs/BASE.txt", argument("log", metavar="LOG", help="a log, or a .py file"),
+      argument("--against", metavar="BASE", help="whose data and model count as unchanged (default: this project's "
+               "train_gpt.py for its logs, upstream's baseline for others)"), JSON)
+def lint(options: argparse.Namespace) -> int:
+    """what a program changed of that which the rules fix; code 0 where nothing did"""
+    from records import lint as desk
+    result = desk.lint(options.log, options.against)
+    return show(result, desk.text(result), options)
+
+
+@verb("plan logs/ --price 2.5 --gpus 8", LOGS, *READING, JSON,
+      argument("--step", type=int, metavar="N", help="an evaluated step (default: the one that verify quotes)"),
+      argument("--price", type=float, metavar="P", help="of a GPU for an hour"),
+      argument("--gpus", type=int, default=1, metavar="G", help="GPUs that a run takes (default 1)"))
 def plan(options: argparse.Namespace) -> int:
     """how likely n runs are to pass, how many more are needed, and what they cost"""
     from records import plan as desk
@@ -156,24 +141,21 @@ def plan(options: argparse.Namespace) -> int:
     return show(result, desk.text(result), options)
 
 
-def lint(options: argparse.Namespace) -> int:
-    """what a program changed of that which the rules fix; code 0 where nothing did"""
-    from records import lint as desk
-    result = desk.lint(options.log, options.against)
-    return show(result, desk.text(result), options)
-
-
+@verb("plot 'logs/new-*.txt' logs/old --over 17 -o curves.png", argument("sets", nargs="+", metavar="A"), *READING,
+      argument("--over", type=int, nargs="+", default=[], metavar="N", help="published results, grey behind"),
+      argument("-o", metavar="FILE", dest="output", default="curves.png", help=".png or .svg (default curves.png)"))
 def plot(options: argparse.Namespace) -> int:
     """draw sets of runs, each a folder, a quoted glob, or a published result's number"""
+    from records import plot as desk
     from records.sample import from_published, gather
     sets = [gather([name], options.mixed, options.metric) for name in options.sets]
-    background = [from_published(record) for record in options.over]
-    from records import plot as desk
-    desk.plot(sets, background, options.output)
+    desk.plot(sets, [from_published(record) for record in options.over], options.output)
     print(options.output)
     return 0
 
 
+@verb("report -o report.html", argument("logs", nargs="*", metavar="LOG", help="(default: the logs in records/)"),
+      argument("-o", metavar="FILE", dest="output", default="report.html", help="(default report.html)"), READING[1])
 def report(options: argparse.Namespace) -> int:
     """one HTML page that needs no network: leaderboard, curves to hover, zoom and switch, tables that sort"""
     from records import report as desk
@@ -182,6 +164,7 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
+@verb("list records/ logs/", argument("logs", nargs="*", metavar="LOG"), READING[1], JSON)
 def list_(options: argparse.Namespace) -> int:
     """the published results and our own; or the groups of runs in LOGs, by program and device"""
     from records import leaderboard
@@ -189,6 +172,8 @@ def list_(options: argparse.Namespace) -> int:
     return show(result, leaderboard.text(result), options)
 
 
+@verb("neurons logs/RUN.txt -o neurons.png", argument("log", metavar="LOG"),
+      argument("-o", metavar="FILE.png", dest="output", help="draw it: over time, and layer by layer"))
 def neurons(options: argparse.Namespace) -> int:
     """which neurons of the MLPs take part, in a run with --neurons K"""
     from records import neurons as desk
@@ -196,6 +181,8 @@ def neurons(options: argparse.Namespace) -> int:
     return 0
 
 
+@verb("extract logs/RUN.txt -o train.py", argument("log", metavar="LOG"),
+      argument("-o", metavar="FILE", dest="output", help="write it to a new file"))
 def extract(options: argparse.Namespace) -> int:
     """the program that ran, byte for byte"""
     from records.log import read

@@ -1,6 +1,7 @@
 """`compare`: is A better than B, than C, and how sure is that?"""
 
 from math import inf, sqrt
+from string import ascii_uppercase as LETTERS
 
 from records.sample import Sample
 from records.statistics import (
@@ -16,6 +17,8 @@ from records.statistics import (
 
 def compare(new: Sample, others: list[Sample]) -> dict:
     """`new` against each of the others; the verdict is that it beats them all by upstream's pairwise rule."""
+    if len(others) >= len(LETTERS):
+        raise ValueError(f"{len(others) + 1} sets: compare at most {len(LETTERS)} at a time")
     for sample in (new, *others):
         if not sample.moments:
             raise ValueError(f"{sample.name}: no run can be used")
@@ -112,7 +115,7 @@ def tell(p: float, equals: str = "") -> str:
 def text(result: dict, every_step: bool = False) -> str:
     lines = [f"target {result['target']:g}; 95% intervals; crossings are interpolated: descriptive, not claimable",
              "set     n   claim      mean   crosses at  interval        nats/100 steps there"]
-    for letter, at in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", result["sets"]):
+    for letter, at in zip(LETTERS, result["sets"]):
         low, step, high = (("beyond" if x is None else f"{x:.0f}") for x in at["crossing"].values())
         interval = f"{low} to {high}" if at["n"] > 1 else "-"
         slope = f"{at['rate']:.4f}" if at["rate"] is not None else "-"
@@ -121,7 +124,7 @@ def text(result: dict, every_step: bool = False) -> str:
         missing = at["started"] - at["claim"]["n"]
         lines.append(f"     {at['name']}" + f": {missing} of {at['started']} runs not used" * (missing > 0))
         lines += [f"     mixed: {at['mixed']}"] * bool(at["mixed"])
-    for letter, pair in zip("BCDEFGHIJKLMNOPQRSTUVWXYZ", result["pairs"]):
+    for letter, pair in zip(LETTERS[1:], result["pairs"]):
         lines += ["", *pair_text("A", letter, pair, every_step)]
     return "\n".join(lines)
 

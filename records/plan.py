@@ -12,7 +12,7 @@ STOPPING = ("note: the rule's p < .001 is for one look. Looked at after every ru
             "the target in 0.3% of cases by n = 4, 0.5% by 10, 0.8% by 20. Fix n first, or say that runs were added")
 
 
-def plan(sample: Sample, step: int | None, price: float | None, gpus: int | None) -> dict:
+def plan(sample: Sample, step: int | None, price: float | None, gpus: int) -> dict:
     """At one evaluated step: by default the earliest to pass, or else the last."""
     if not sample.moments:
         raise ValueError(f"{sample.name}: no run can be used")
@@ -26,7 +26,7 @@ def plan(sample: Sample, step: int | None, price: float | None, gpus: int | None
     needed = {goal: smallest(lambda n: fresh(n, at.mean, sample.target, sd) >= goal) for goal in (0.5, 0.9)}
     for line in rows:
         line["hours"] = line["n"] * seconds / 3600 if seconds else None
-        line["cost"] = line["hours"] * price * (gpus or 1) if price is not None and seconds else None
+        line["cost"] = line["hours"] * price * gpus if price is not None and seconds else None
     verdict = judge(at, sample.target)
     return {"verdict": verdict.passes, "target": sample.target, "step": step, **at._asdict(),
             "statistic": verdict.statistic, "noise": sd, "noise_df": None if df == inf else df,

@@ -96,7 +96,7 @@ def test_hopeless_mean_needs_no_number():
 
 def test_several_trials(tmp_path):
     """Kills: a `seed:` line and the `step:0` after it counted as two trials; a trial that is told
-    only by its step falling back, run into the one before."""
+    only by its step falling back, run into the one before; a line that is printed twice, as the next."""
     one, two, three = ends(3.1, 3.2, 3.3)
     log = read(write(tmp_path / "ours.txt", "seed: 7\n", one, "seed: 8\n", two))
     assert [(t.seed, t.losses) for t in log.trials] == [(7, one), (8, two)]
@@ -104,6 +104,8 @@ def test_several_trials(tmp_path):
     log = read(write(tmp_path / "theirs.txt", one, two, three))
     assert [(t.seed, t.losses) for t in log.trials] == [(None, one), (None, two), (None, three)]
     assert all(t.complete for t in log.trials)
+    twice = "".join(line * 2 for line in curve(one).splitlines(keepends=True))
+    assert [t.losses for t in read(write(tmp_path / "twice.txt", twice)).trials] == [one]
 
 
 def test_lines_of_other_shapes(tmp_path):
