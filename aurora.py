@@ -156,7 +156,8 @@ def paper_balanced_polar(G: Tensor, pp_iterations: int = 2, pp_damping: float = 
 
     X = G / ||G||_F, D = 1;   D_i <- D_i^pp_damping ||X_i||^(1 - pp_damping),  X <- polar(sqrt(n / m) D^-1 X);  ...
     The paper writes beta for pp_damping, which pulls the other way from the releases' pp_beta: at 0 each round evens
-    the rows wholly. Here polar acts on the last X, there always on G, so the two agree in row norms alone.
+    the rows wholly. Here polar acts on the last X, there always on G: pp_damping=0 ends with the row norms of
+    pp_beta=0.5, and with another U.
     Read from three ports of the algorithm, github.com/NVIDIA-NeMo/Emerging-Optimizers among them.
     """
     m, n = G.shape[-2:]

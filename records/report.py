@@ -1,6 +1,7 @@
 """`report`: one HTML page, readable from disk without a network: leaderboard, curves, tables. Charts are plotly's."""
 
 import os
+import textwrap
 from html import escape
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def traces(sample: Sample, line: dict, in_legend: bool) -> list[go.Scatter]:
                        hoverinfo="skip") for trial in sample.used]
     name = sample.name
     if sample.source is None:
-        name += f" {published.result(int(sample.name[1:])).summary[:24]}"
+        name += " " + textwrap.shorten(published.result(int(sample.name[1:])).summary, 26, placeholder=" ...")
     mean = go.Scatter(x=steps, y=[at.mean for at in sample.moments.values()], mode="lines", name=name,
                       legendgroup=sample.name, showlegend=in_legend, line=line | {"width": 2.5}, text=hover,
                       hoverinfo="text")
