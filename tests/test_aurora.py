@@ -216,16 +216,6 @@ def test_epsilons(gradient, weight):
             p.data.copy_(start)
 
 
-def test_muon_is_the_polar_factor_of_the_momentum():
-    """Kills: balancing under direction="muon", contra or the floor left on at 0, the aspect factor of a wide matrix."""
-    for shape, aspect in ((SQUARE, 1), (TALL, 3**0.5), (WIDE, 1)):
-        p = torch.nn.Parameter(torch.zeros(shape))
-        p.grad = draw(*shape)
-        Aurora([p], lr=1.0, direction="muon", contra=0.0, uw_floor=0.0).step()
-        expected = -aspect * polar(p.grad * (0.05 + 0.95 * 0.05))  # scale matters not, its rounding does
-        torch.testing.assert_close(p.detach(), expected.float(), rtol=0, atol=2**-7)
-
-
 def test_balanced_polar_is_even_and_orthogonal():
     """Kills: one polar factor instead of two, rows evened after the last one (which costs orthogonality).
 
