@@ -553,7 +553,8 @@ def accumulate_gradients(model: GPT, inputs: Tensor, targets: Tensor, hp: Hyperp
     """Leave in every p.grad the gradient of the whole batch, summed over micro-batches and ranks.
 
     Returns this rank's summed loss. The bf16 embedding's gradient is summed in fp32 and rounded once, so that no
-    number of ranks or micro-batches is favoured.
+    number of ranks or micro-batches is favoured. FloatingPointError, on all ranks, where one has a gradient that is
+    not finite.
     """
     embed = model.embed.weight
     embed_gradient = torch.zeros_like(embed, dtype=torch.float32)
@@ -565,10 +566,26 @@ def accumulate_gradients(model: GPT, inputs: Tensor, targets: Tensor, hp: Hyperp
         embed_gradient += embed.grad
         embed.grad = None
     gradients = [embed_gradient] + [p.grad for p in model.parameters() if p is not embed]
+    check_finite(gradients, [name for name, _ in model.named_parameters()])
     for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
         work.wait()
     embed.grad = embed_gradient.to(embed.dtype)
     return total
+
+
+def check_finite(gradients: list[Tensor], names: list[str]):
+    """FloatingPointError on every rank, naming rank and parameter, where a rank's own gradient has no finite norm.
+
+    Before the sum over ranks, which would hide whose they are, and before the optimizers: no weight is spoiled, and a
+    checkpoint never holds a NaN. To know that, the program must wait for the GPU here: no later place is early enough.
+    """
+    flags = torch.zeros(dist.get_world_size(), len(gradients), device=gradients[0].device)
+    flags[dist.get_rank()] = (~torch.stack(torch._foreach_norm(gradients)).isfinite()).float()
+    dist.all_reduce(flags)
+    if flags.any():
+        rank, first = flags.nonzero()[0].tolist()
+        others = f" and of {int(flags[rank].sum()) - 1} others" if flags[rank].sum() > 1 else ""
+        raise FloatingPointError(f"the gradient of {names[first]}{others} is not finite on rank {rank}")
 
 
 @torch.no_grad()
@@ -636,7 +653,7 @@ class Trial:
         self.validated = self.logged = (0, 0.0)  # step, seconds
 
     def after_validation(self, step: int, seconds: float, val_loss: float):
-        """Ends the program where the loss is not finite or, a tenth of the way on, above that of step 0."""
+        """FloatingPointError where the loss is not finite or, a tenth of the way on, above that of step 0."""
         step_avg = (seconds - self.validated[1]) / (step - self.validated[0]) if step else math.nan
         self.validated = (step, seconds)
         line = (f"step:{step}/{self.hp.train_steps} val_loss:{val_loss:.5f} "
@@ -650,8 +667,14 @@ class Trial:
             self.initial = val_loss
         diverged = step >= 0.1 * self.hp.train_steps and val_loss > self.initial
         if diverged or not math.isfinite(val_loss):
-            self.log.line(f"failed: the validation loss at step {step} is {val_loss}")
-            sys.exit(f"train_gpt.py: the validation loss at step {step} is {val_loss}" if self.place.rank == 0 else 1)
+            raise FloatingPointError(f"the validation loss at step {step} is {val_loss}")
+
+    def fail(self, error: FloatingPointError):
+        """The last line of this trial; another may follow."""
+        self.bar.close()
+        self.log.line(f"failed: {error}")
+        if self.place.rank == 0:
+            print(f"train_gpt.py: seed {self.seed}: {error}", file=sys.stderr)
 
     def after_step(self, step: int, loss: Tensor, lr: float):
         """`loss`: this rank's, summed over the tokens of the step's batch."""
@@ -670,13 +693,15 @@ class Trial:
                                  refresh=False)
 
 
-def train(model: GPT, hp: Hyperparameters, seed: int, batches, validation, place: Place, log: RunLog):
-    """One trial, from a wholly fresh state to its log."""
-    initialise(model, seed)
+def train(model: GPT, trial: Trial, batches, validation):
+    """One trial, from a wholly fresh state to its log. FloatingPointError where it fails."""
+    hp, log = trial.hp, trial.log
+    initialise(model, trial.seed)
+    model.zero_grad()  # a trial that failed leaves gradients
     for p in model.parameters():
         dist.broadcast(p.detach(), 0)  # nodes of different processors draw different last bits
     optimizers = make_optimizers(model, hp)
-    trial = Trial(hp, seed, place, log)
+    trial.clock.resume()
     for step in range(hp.train_steps + 1):
 
         if is_validation_step(step, hp):
@@ -686,7 +711,10 @@ def train(model: GPT, hp: Hyperparameters, seed: int, batches, validation, place
         if step == hp.train_steps:
             break
 
-        loss = accumulate_gradients(model, *next(batches), hp)
+        try:
+            loss = accumulate_gradients(model, *next(batches), hp)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} at step {step + 1}") from None
         look = log.neurons_every and (step + 1) % log.neurons_every == 0
         before = {key: p.detach().clone() for key, p in neuron_inputs(model).items()} if look else None
         factor = learning_rate_factor(step, hp)
@@ -696,7 +724,7 @@ def train(model: GPT, hp: Hyperparameters, seed: int, batches, validation, place
             optimizer.step()
         if look:
             trial.clock.read()
-            record_neurons(neuron_inputs(model), before, optimizers, seed, step + 1, place, log)
+            record_neurons(neuron_inputs(model), before, optimizers, trial.seed, step + 1, trial.place, log)
             trial.clock.resume()
         model.zero_grad()
         trial.after_step(step + 1, loss, hp.matrix_lr * factor)
@@ -786,13 +814,20 @@ def main(argv: list[str]):
     if gpus:
         model.compile(dynamic=False)
     validation = next(read_batches(val_shards, hp.val_tokens, hp.sequence_length, place))
+    failed = False
     for seed in range(args.seed, args.seed + args.trials):
-        batches = read_batches(shards, hp.batch_tokens, hp.sequence_length, place)
-        train(model, hp, seed, batches, validation, place, log)
+        trial = Trial(hp, seed, place, log)
+        try:
+            train(model, trial, read_batches(shards, hp.batch_tokens, hp.sequence_length, place), validation)
+        except FloatingPointError as error:  # on all ranks alike
+            trial.fail(error)
+            failed = True
     if rank == 0:
         print(f"log: {log.text.name}")
     dist.barrier()  # a process that is gone while another still talks to it aborts that one
     dist.destroy_process_group()
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
