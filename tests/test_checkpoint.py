@@ -1,5 +1,6 @@
 """A run that is killed and goes on is the run that was never killed; what is no checkpoint is refused in one line."""
 
+import gzip
 import json
 import os
 import re
@@ -73,17 +74,18 @@ def tensors(state) -> list:
 
 
 def curve(folder: Path) -> list:
-    """(seed, step, loss) of every line of the sidecar, in order, and the log's lines without times."""
+    """(seed, step, loss) of every line of the sidecar, the log's lines without times, and the neurons' file."""
     (path,) = (folder / "logs").glob("*.txt")
     rows = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
     lines = [re.sub(r" train_time.*", "", line) for line in path.read_text().split("=" * 100)[2].splitlines()]
     return ([(row["seed"], row["step"], row.get("val_loss", row.get("loss"))) for row in rows],
-            [line for line in lines if not line.startswith("resumed: ")])
+            [line for line in lines if not line.startswith("resumed: ")],
+            gzip.open(path.with_suffix(".neurons.jsonl.gz")).read())
 
 
 @pytest.fixture(scope="module")
 def words(quick):
-    return [*quick, "--checkpoint-every", "3", "--trials", "2"]
+    return [*quick, "--checkpoint-every", "3", "--trials", "2", "--neurons", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def same(folder: Path, whole: Path):
 
 def test_checkpoints_change_nothing(whole, quick, tmp_path):
     """Kills: a checkpoint that draws a random number, skips a batch or leaves a line in the log."""
-    train(tmp_path, [*quick, "train_steps=9", "--trials", "2"])
+    train(tmp_path, [*quick, "train_steps=9", "--trials", "2", "--neurons", "4"])
     assert curve(tmp_path) == curve(whole)
     assert not list((tmp_path / "logs").glob("*.checkpoint"))
     assert sorted(path.name for path in checkpoint_of(whole).iterdir()) == ["manifest.json", "seed1-step9.pt"]
