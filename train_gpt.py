@@ -786,9 +786,8 @@ def recall(args: argparse.Namespace) -> tuple[Hyperparameters, dict]:
         args.neurons, args.checkpoint_every = state["neurons"], state["every"]
         if args.overrides:
             raise ValueError("--resume goes on as the run began, without NAME=VALUE; --fork-from starts a variation")
-        sizes = log_files(folder.stem)
-        for path, length in state["lengths"].items():
-            if sizes.get(path, -1) < length:
+        for path, size in log_files(folder.stem).items():
+            if size < state["lengths"].get(path, math.inf):
                 raise ValueError(f"{path} is not here, or shorter than {folder} says: start where logs/ holds both")
         return before, state
     hp, args.seed, args.trials = override(words + args.overrides), state["seed"], 1

@@ -156,7 +156,8 @@ def test_a_signal_may_ask_for_a_checkpoint_alone(quick, tmp_path, monkeypatch):
 
 
 def test_another_number_of_processes_goes_on(words, whole, tmp_path):
-    """Kills: Aurora's state on one rank alone, a batch that one rank reads twice, a log that two ranks cut.
+    """Kills: a checkpoint of one rank's share of Aurora's state, or a rank that resumes with another's; a batch that
+    one rank reads twice, a log that two ranks cut.
 
     To rounding: 2 processes sum 4 bf16 gradients each and then 2 sums, in another order than 8 in a row.
     """
@@ -168,6 +169,9 @@ def test_another_number_of_processes_goes_on(words, whole, tmp_path):
     assert [row[2] for row in ours] == pytest.approx([row[2] for row in theirs], abs=2e-5)
     (log,) = (tmp_path / "logs").glob("*.txt")
     assert "resumed: step 3, world_size 2\n" in log.read_text()
+    places = [{(place, x.shape) for place, x in tensors(read_checkpoint(checkpoint_of(folder)))}
+              for folder in (tmp_path, whole)]
+    assert len(places[0]) > 100 and places[0] == places[1]
 
 
 def test_a_fork_is_a_variation_and_no_evidence(quick, whole, tmp_path, capsys):
