@@ -281,3 +281,23 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path):
     assert run.returncode == 7
     assert sorted(os.listdir(tmp_path / "run")) == ["a.pt", "manifest.json"]
     assert torch.equal(read_checkpoint(tmp_path / "run")["x"], torch.zeros(10))
+
+
+@pytest.mark.parametrize("words", [["--resume", "logs/a.checkpoint"], ["--fork-from", "logs/a.checkpoint", "mu=0.9"]])
+def test_run_sh_leaves_a_checkpoint_its_recipe(words, tmp_path):
+    """Kills: @tiny before --resume, which takes no values, or over those of the run that a fork leaves."""
+    (tmp_path / "run.sh").write_text((ROOT / "run.sh").read_text())
+    (tmp_path / "requirements.txt").write_text("pins\n")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "a.txt").touch()
+    for name in ("pip", "python", "torchrun"):
+        stub = tmp_path / ".venv" / "bin" / name
+        stub.parent.mkdir(parents=True, exist_ok=True)
+        stub.write_text(f'#!/bin/sh\necho "{name} $*" >> calls\n')
+        stub.chmod(0o755)
+    (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")
+    subprocess.run(["bash", "run.sh", *words], cwd=tmp_path, check=True,
+                   env={"PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": ""})
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[0] == " ".join(["python train_gpt.py --dry-run", *words])
+    assert calls[1].endswith(" ".join(["train_gpt.py", *words])) and "--nproc_per_node=1 " in calls[1]
