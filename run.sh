@@ -36,7 +36,7 @@ if [ "${CUDA_VISIBLE_DEVICES-all}" ] && nvidia-smi -L 2>/dev/null | grep -q GPU;
         die "nvidia-smi sees GPUs, PyTorch cannot use them: update the driver, or hide them with CUDA_VISIBLE_DEVICES="
 fi
 if [ "$gpus" = 0 ]; then
-    set -- @tiny "$@"
+    case " $* " in *" --resume "* | *" --fork-from "*) ;; *) set -- @tiny "$@" ;; esac  # they have a recipe
 fi
 processes=$((gpus > 0 ? gpus : 1))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((processes < $(nproc) ? $(nproc) / processes : 1))}

@@ -7,7 +7,7 @@ process. NAME=VALUE overrides a field of Hyperparameters below; @tiny takes the 
 
 Published: mean 3.278845 at step 3175, n=20, 8xH100, 157 ms a step. Descends from
 github.com/KellerJordan/modded-nanogpt, records/track_3_optimization/results/20260505_aurora.
-Read downwards: hyperparameters, data, model, initialisation and optimizers, log, neurons, training.
+Read downwards: hyperparameters, data, model, initialisation and optimizers, log, neurons, training, checkpoints.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import math
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -38,6 +39,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from aurora import DIRECTIONS, Aurora, check_direction, leverage_scores
+from checkpoint import read_checkpoint, write_checkpoint
 from kernels.bf16 import linear
 from kernels.cross_entropy import softcapped_cross_entropy_
 
@@ -214,11 +216,15 @@ class Place(NamedTuple):
     device: torch.device
 
 
-def read_batches(shards, batch_tokens: int, sequence_length: int, place: Place):
-    """Yield (inputs, targets), each (sequences, sequence_length), of this rank's contiguous part of every batch."""
+def read_batches(shards, batch_tokens: int, sequence_length: int, place: Place, first: int = 0):
+    """Yield (inputs, targets), each (sequences, sequence_length), of this rank's contiguous part of every batch from
+    the first on."""
     part = batch_tokens // place.world
     for tokens in map(open_shard, shards):
-        for batch in range(batches_in(tokens, batch_tokens)):
+        batches = batches_in(tokens, batch_tokens)
+        skipped = min(first, batches)
+        first -= skipped
+        for batch in range(skipped, batches):
             start = batch * batch_tokens + place.rank * part
             window = torch.from_numpy(tokens[start:start + part + 1].astype(np.int32))
             if place.device.type == "cuda":
@@ -419,14 +425,19 @@ class RunLog:
 
     Rank 0 writes; on other ranks nothing happens. Files are line-buffered: a killed run leaves whole lines.
     Every `neurons_every` steps, 0 for never, logs/NAME.neurons.jsonl.gz grows by a look at the neurons.
+    `lengths`, of a log that goes on, are those to which its files are cut first.
     """
 
-    def __init__(self, name: str | None, neurons_every: int = 0):
+    def __init__(self, name: str | None, neurons_every: int = 0, lengths: dict[str, int] | None = None):
         self.text = self.json = None
         self.neurons_every = neurons_every
         if name is not None:
             Path("logs").mkdir(exist_ok=True)
-            self.text, self.json = (open(f"logs/{name}.{ending}", "x", buffering=1) for ending in ("txt", "jsonl"))
+            for path, length in log_files(name).items():
+                if lengths and length:
+                    os.truncate(path, lengths[path])
+            self.text, self.json = (open(f"logs/{name}.{ending}", "a" if lengths else "x", buffering=1)
+                                    for ending in ("txt", "jsonl"))
 
     def line(self, text: str):
         if self.text:
@@ -440,6 +451,12 @@ class RunLog:
         # a gzip member of its own each time: what a killed run has written can be read
         with gzip.open(f"{self.text.name.removesuffix('.txt')}.neurons.jsonl.gz", "at") as file:
             file.writelines(json.dumps(values) + "\n" for values in records)
+
+
+def log_files(name: str) -> dict[str, int]:
+    """{path: bytes} of a run's files, 0 for one that is not there."""
+    paths = [f"logs/{name}.{ending}" for ending in ("txt", "jsonl", "neurons.jsonl.gz")]
+    return {path: os.path.getsize(path) if os.path.exists(path) else 0 for path in paths}
 
 
 def facts(hp: Hyperparameters, place: Place, shards: dict[str, int], source: str) -> str:
@@ -553,7 +570,8 @@ def accumulate_gradients(model: GPT, inputs: Tensor, targets: Tensor, hp: Hyperp
     """Leave in every p.grad the gradient of the whole batch, summed over micro-batches and ranks.
 
     Returns this rank's summed loss. The bf16 embedding's gradient is summed in fp32 and rounded once, so that no
-    number of ranks or micro-batches is favoured.
+    number of ranks or micro-batches is favoured. FloatingPointError, on all ranks, where one has a gradient that is
+    not finite.
     """
     embed = model.embed.weight
     embed_gradient = torch.zeros_like(embed, dtype=torch.float32)
@@ -565,10 +583,26 @@ def accumulate_gradients(model: GPT, inputs: Tensor, targets: Tensor, hp: Hyperp
         embed_gradient += embed.grad
         embed.grad = None
     gradients = [embed_gradient] + [p.grad for p in model.parameters() if p is not embed]
+    check_finite(gradients, [name for name, _ in model.named_parameters()])
     for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
         work.wait()
     embed.grad = embed_gradient.to(embed.dtype)
     return total
+
+
+def check_finite(gradients: list[Tensor], names: list[str]):
+    """FloatingPointError on every rank, naming rank and parameter, where a rank's own gradient has no finite norm.
+
+    Before the sum over ranks, which would hide whose they are, and before the optimizers: no weight is spoiled, and a
+    checkpoint never holds a NaN. To know that, the program must wait for the GPU here: no later place is early enough.
+    """
+    flags = torch.zeros(dist.get_world_size(), len(gradients), device=gradients[0].device)
+    flags[dist.get_rank()] = (~torch.stack(torch._foreach_norm(gradients)).isfinite()).float()
+    dist.all_reduce(flags)
+    if flags.any():
+        rank, first = flags.nonzero()[0].tolist()
+        others = f" and of {int(flags[rank].sum()) - 1} others" if flags[rank].sum() > 1 else ""
+        raise FloatingPointError(f"the gradient of {names[first]}{others} is not finite on rank {rank}")
 
 
 @torch.no_grad()
@@ -626,7 +660,6 @@ class Trial:
 
     def __init__(self, hp: Hyperparameters, seed: int, place: Place, log: RunLog):
         self.hp, self.seed, self.place, self.log = hp, seed, place, log
-        log.line(f"seed: {seed}")
         self.bar = tqdm(total=hp.train_steps, desc=f"seed {seed}", disable=None if place.rank == 0 else True,
                         leave=False,
                         bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n}/{total}{postfix} [{elapsed}<{remaining}]")
@@ -636,7 +669,7 @@ class Trial:
         self.validated = self.logged = (0, 0.0)  # step, seconds
 
     def after_validation(self, step: int, seconds: float, val_loss: float):
-        """Ends the program where the loss is not finite or, a tenth of the way on, above that of step 0."""
+        """FloatingPointError where the loss is not finite or, a tenth of the way on, above that of step 0."""
         step_avg = (seconds - self.validated[1]) / (step - self.validated[0]) if step else math.nan
         self.validated = (step, seconds)
         line = (f"step:{step}/{self.hp.train_steps} val_loss:{val_loss:.5f} "
@@ -650,8 +683,21 @@ class Trial:
             self.initial = val_loss
         diverged = step >= 0.1 * self.hp.train_steps and val_loss > self.initial
         if diverged or not math.isfinite(val_loss):
-            self.log.line(f"failed: the validation loss at step {step} is {val_loss}")
-            sys.exit(f"train_gpt.py: the validation loss at step {step} is {val_loss}" if self.place.rank == 0 else 1)
+            raise FloatingPointError(f"the validation loss at step {step} is {val_loss}")
+
+    def state(self) -> dict:
+        return dict(initial=self.initial, seconds=self.clock.seconds, validated=self.validated, logged=self.logged)
+
+    def go_on(self, step: int, initial: float, seconds: float, validated: tuple, logged: tuple):
+        self.initial, self.clock.seconds, self.validated, self.logged = initial, seconds, validated, logged
+        self.bar.initial = self.bar.n = step
+
+    def fail(self, error: FloatingPointError):
+        """The last line of this trial; another may follow."""
+        self.bar.close()
+        self.log.line(f"failed: {error}")
+        if self.place.rank == 0:
+            print(f"train_gpt.py: seed {self.seed}: {error}", file=sys.stderr)
 
     def after_step(self, step: int, loss: Tensor, lr: float):
         """`loss`: this rank's, summed over the tokens of the step's batch."""
@@ -670,15 +716,105 @@ class Trial:
                                  refresh=False)
 
 
-def train(model: GPT, hp: Hyperparameters, seed: int, batches, validation, place: Place, log: RunLog):
-    """One trial, from a wholly fresh state to its log."""
-    initialise(model, seed)
+########################################
+#             Checkpoints              #
+########################################
+# --checkpoint-every N keeps the newest state in logs/NAME.checkpoint, for --resume and --fork-from, and so do signals
+# from then on. The place in the data follows from the step; nothing is drawn at random after the initialisation.
+
+STATE = dict(hyperparameters=dict, source_sha256=str, end=int, neurons=int, every=int, failed=bool, seed=int, step=int,
+             trial=dict, model=dict, optimizers=list, lengths=dict)  # `end`: of the seeds
+SIGNALS = {signal.SIGUSR1: 1, signal.SIGTERM: 2, signal.SIGINT: 2}  # ask for a checkpoint; 2: and for the end
+
+
+class Checkpoints:
+    """`run` is what stays the same in a run: its hyperparameters, its source's hash, how it was started."""
+
+    def __init__(self, run: dict, log: RunLog, place: Place):
+        self.run, self.every, self.log, self.place, self.asked = run, run["every"], log, place, 0
+        for number in SIGNALS if self.every else ():
+            signal.signal(number, lambda number, _: setattr(self, "asked", max(self.asked, SIGNALS[number])))
+
+    def agree(self) -> int:
+        """What a signal to any rank has asked for since the last call. A collective, where the GPU is waited for."""
+        if not self.every:
+            return 0
+        asked, self.asked = torch.tensor(self.asked, device=self.place.device), 0
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return asked.item()
+
+    def save(self, step: int, model: GPT, optimizers, trial: Trial, stop: bool):
+        """A collective, not counted as training. A full disk costs this checkpoint, not the run."""
+        trial.clock.read()
+        state = self.run | dict(seed=trial.seed, step=step, trial=trial.state(), model=dict(model.state_dict()),
+                                optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers])
+        if self.place.rank == 0:
+            name = Path(self.log.text.name).stem
+            try:
+                write_checkpoint(Path("logs", f"{name}.checkpoint"), f"seed{trial.seed}-step{step}.pt",
+                                 state | dict(lengths=log_files(name)))
+            except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's
+                print(f"train_gpt.py: no checkpoint at step {step}: {error}", file=sys.stderr)
+            if stop:
+                self.log.line(f"stopped: by a signal at step {step}")
+        trial.clock.resume()
+        if stop:
+            complain(f"stopped by a signal at step {step}; --resume logs/*.checkpoint goes on")
+
+
+def restore(state: dict, model: GPT, optimizers, trial: Trial) -> int:
+    """Put a checkpoint's state in place, and return its step. The optimizers' groups stay those of hp."""
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": saved})
+    trial.go_on(state["step"], **state["trial"])
+    return state["step"]
+
+
+def recall(args: argparse.Namespace) -> tuple[Hyperparameters, dict]:
+    """The hyperparameters and state to go on from; to resume, `args` become those that the run began with."""
+    folder = Path(args.resume or args.fork_from)
+    state = read_checkpoint(folder)
+    if not isinstance(state, dict) or {name: type(value) for name, value in state.items()} != STATE:
+        raise ValueError(f"{folder} is no checkpoint of a run")
+    words = [f"{name}={value}" for name, value in state["hyperparameters"].items()]
+    before = override(words)
+    if state["source_sha256"] != hashlib.sha256(render(flatten(Path(__file__), set()), before).encode()).hexdigest():
+        raise ValueError(f"{folder} is of another version of this program: check out the commit that its log names")
+    if args.resume:
+        args.seed, args.trials = state["seed"], state["end"] - state["seed"]
+        args.neurons, args.checkpoint_every = state["neurons"], state["every"]
+        if args.overrides:
+            raise ValueError("--resume goes on as the run began, without NAME=VALUE; --fork-from starts a variation")
+        for path, size in log_files(folder.stem).items():
+            if size < state["lengths"].get(path, math.inf):
+                raise ValueError(f"{path} is not here, or shorter than {folder} says: start where logs/ holds both")
+        return before, state
+    hp, args.seed, args.trials = override(words + args.overrides), state["seed"], 1
+    for name in ("batch_tokens", "vocab_size", "num_layers", "model_dim", "mlp_dim", "activation"):
+        if getattr(hp, name) != getattr(before, name):
+            raise ValueError(f"--fork-from: {name} is {getattr(before, name)} in {folder} and cannot change")
+    if "adamw" in (hp.direction, before.direction) and hp.direction != before.direction:
+        raise ValueError(f"--fork-from: direction is {before.direction} in {folder}; to or from adamw it cannot change")
+    if hp.train_steps <= state["step"]:
+        raise ValueError(f"--fork-from: train_steps={hp.train_steps}, and {folder} is at step {state['step']}")
+    return hp, state
+
+
+def train(model: GPT, trial: Trial, shards, validation, checkpoints: Checkpoints, state: dict | None):
+    """One trial, from a wholly fresh state or that of a checkpoint, to its log. FloatingPointError where it fails."""
+    hp, log = trial.hp, trial.log
+    initialise(model, trial.seed)
+    model.zero_grad()  # a trial that failed leaves gradients
+    optimizers = make_optimizers(model, hp)
+    first, asked = restore(state, model, optimizers, trial) if state else 0, 0
     for p in model.parameters():
         dist.broadcast(p.detach(), 0)  # nodes of different processors draw different last bits
-    optimizers = make_optimizers(model, hp)
-    trial = Trial(hp, seed, place, log)
-    for step in range(hp.train_steps + 1):
-
+    batches = read_batches(shards, hp.batch_tokens, hp.sequence_length, trial.place, first)
+    trial.clock.resume()
+    for step in range(first, hp.train_steps + 1):
+        if asked or checkpoints.every and step > first and step % checkpoints.every == 0:
+            checkpoints.save(step, model, optimizers, trial, stop=asked == 2)
         if is_validation_step(step, hp):
             seconds = trial.clock.read()
             trial.after_validation(step, seconds, validation_loss(model, *validation, hp))
@@ -686,7 +822,11 @@ def train(model: GPT, hp: Hyperparameters, seed: int, batches, validation, place
         if step == hp.train_steps:
             break
 
-        loss = accumulate_gradients(model, *next(batches), hp)
+        try:
+            loss = accumulate_gradients(model, *next(batches), hp)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} at step {step + 1}") from None
+        asked = checkpoints.agree()
         look = log.neurons_every and (step + 1) % log.neurons_every == 0
         before = {key: p.detach().clone() for key, p in neuron_inputs(model).items()} if look else None
         factor = learning_rate_factor(step, hp)
@@ -696,7 +836,7 @@ def train(model: GPT, hp: Hyperparameters, seed: int, batches, validation, place
             optimizer.step()
         if look:
             trial.clock.read()
-            record_neurons(neuron_inputs(model), before, optimizers, seed, step + 1, place, log)
+            record_neurons(neuron_inputs(model), before, optimizers, trial.seed, step + 1, trial.place, log)
             trial.clock.resume()
         model.zero_grad()
         trial.after_step(step + 1, loss, hp.matrix_lr * factor)
@@ -712,6 +852,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--neurons", type=int, default=0, metavar="K",
                         help="every K steps, write what the neurons do to logs/NAME.neurons.jsonl.gz; "
                              "changes no result")
+    parser.add_argument("--checkpoint-every", type=int, default=0, metavar="N",
+                        help="every N steps, and on SIGUSR1, SIGTERM and SIGINT, put the newest state into "
+                             "logs/NAME.checkpoint; changes no result")
+    parser.add_argument("--resume", metavar="logs/NAME.checkpoint", help="go on with that run and its log")
+    parser.add_argument("--fork-from", metavar="CHECKPOINT", help="begin there, with other values; no evidence")
     parser.add_argument("--dry-run", action="store_true", help="check arguments and data, say what would run, and stop")
     parser.add_argument("--fineweb-shards", action="store_true", help="say how many the run reads, and stop")
     parser.add_argument("--wandb", choices=("online", "offline"), help="mirror logs/NAME.jsonl to Weights & Biases")
@@ -719,8 +864,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.trials < 1 or not 0 <= args.seed < 2**63 - args.trials:
         parser.error(f"--seed {args.seed} --trials {args.trials}: seeds are 0 to 2^63 - 1, trials at least 1")
-    if args.neurons < 0:
-        parser.error(f"--neurons {args.neurons}: a number of steps, or 0 for never")
+    for name in ("neurons", "checkpoint_every"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: a number of steps, or 0 for never")
+    if args.resume and args.fork_from:
+        parser.error("--resume goes on with a run, --fork-from starts another: give one")
     return args
 
 
@@ -738,27 +886,53 @@ def plan(hp: Hyperparameters, world: int) -> str:
     return "\n".join([size, *departures(hp)])
 
 
+def check_place(hp: Hyperparameters, local_rank: int, world: int):
+    """ValueError where these processes cannot train this recipe."""
+    if 0 < torch.cuda.device_count() <= local_rank:
+        raise ValueError(f"process {local_rank} of this machine has no GPU: start {torch.cuda.device_count()}")
+    for name in ("batch_tokens", "val_tokens"):
+        sequences = getattr(hp, name) // hp.sequence_length
+        if sequences % world:
+            fewer = max(n for n in range(1, world) if sequences % n == 0)
+            raise ValueError(f"{name}={getattr(hp, name)} is {sequences} sequences, which {world} processes cannot "
+                             f"share equally: start {fewer}, or change {name}")
+
+
+def join(rank: int, local_rank: int, world: int) -> Place:
+    gpus = torch.cuda.device_count()
+    place = Place(rank, world, torch.device("cuda", local_rank) if gpus else torch.device("cpu"))
+    if gpus:
+        torch.cuda.set_device(place.device)
+    dist.init_process_group("nccl" if gpus else "gloo", store=dist.HashStore() if world == 1 else None,
+                            rank=rank, world_size=world, device_id=place.device if gpus else None)
+    return place
+
+
+def open_log(args: argparse.Namespace, state: dict | None, source: str, facts: str) -> RunLog:
+    """Rank 0's: a new one with its head, or that of the run to go on with, cut to where its checkpoint was."""
+    if args.resume:
+        return RunLog(Path(args.resume).stem, args.neurons, state["lengths"])
+    if args.fork_from:
+        facts += f"\npartial: forked from step {state['step']} of {args.fork_from}, seed {state['seed']}"
+    log = RunLog(time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:8], args.neurons)
+    for part in (source.rstrip("\n"), "=" * 100, facts, "=" * 100):
+        log.line(part)
+    return log
+
+
 def main(argv: list[str]):
     args = parse(argv)
     # torchrun sets these; without it there is one process
     rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in
                                (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    gpus = torch.cuda.device_count()
     try:
-        hp = override(args.overrides)
+        hp, state = recall(args) if args.resume or args.fork_from else (override(args.overrides), None)
         if args.fineweb_shards:
             print(fineweb_shards(hp))
             return
         if args.wandb and not importlib.util.find_spec("wandb"):
             raise ValueError("--wandb needs the package: pip install wandb")
-        if 0 < gpus <= local_rank:
-            raise ValueError(f"process {local_rank} of this machine has no GPU: start {gpus}")
-        for name in ("batch_tokens", "val_tokens"):
-            sequences = getattr(hp, name) // hp.sequence_length
-            if sequences % world:
-                fewer = max(n for n in range(1, world) if sequences % n == 0)
-                raise ValueError(f"{name}={getattr(hp, name)} is {sequences} sequences, which {world} processes cannot "
-                                 f"share equally: start {fewer}, or change {name}")
+        check_place(hp, local_rank, world)
         shards = find_shards(hp.train_files, hp.batch_tokens, hp.train_steps, hp.vocab_size)
         val_shards = find_shards(hp.val_files, hp.val_tokens, 1, hp.vocab_size)
         if args.dry_run:
@@ -769,30 +943,38 @@ def main(argv: list[str]):
     except (OSError, ValueError) as error:
         complain(error)
 
+    place = join(rank, local_rank, world)
     source = render(flatten(Path(__file__), set()), hp)
-    place = Place(rank, world, torch.device("cuda", local_rank) if gpus else torch.device("cpu"))
-    if gpus:
-        torch.cuda.set_device(place.device)
-    dist.init_process_group("nccl" if gpus else "gloo", store=dist.HashStore() if world == 1 else None,
-                            rank=rank, world_size=world, device_id=place.device if gpus else None)
-    log = RunLog(time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:8] if rank == 0 else None, args.neurons)
+    log = RunLog(None, args.neurons)
     if rank == 0:
-        for part in (source.rstrip("\n"), "=" * 100, facts(hp, place, shards | val_shards, source), "=" * 100):
-            log.line(part)
+        log = open_log(args, state, source, facts(hp, place, shards | val_shards, source))
         if args.wandb:
             mirror_to_wandb(log, args.wandb, hp)
+    run = dict(hyperparameters=vars(hp), source_sha256=hashlib.sha256(source.encode()).hexdigest(),
+               end=args.seed + args.trials, neurons=args.neurons, every=args.checkpoint_every,
+               failed=bool(args.resume) and state["failed"])
+    checkpoints = Checkpoints(run, log, place)
     with place.device:
         model = GPT(hp)
-    if gpus:
+    if place.device.type == "cuda":
         model.compile(dynamic=False)
     validation = next(read_batches(val_shards, hp.val_tokens, hp.sequence_length, place))
     for seed in range(args.seed, args.seed + args.trials):
-        batches = read_batches(shards, hp.batch_tokens, hp.sequence_length, place)
-        train(model, hp, seed, batches, validation, place, log)
+        trial = Trial(hp, seed, place, log)
+        resumed = args.resume and state
+        log.line(f"resumed: step {state['step']}, world_size {world}" if resumed else f"seed: {seed}")
+        try:
+            train(model, trial, shards, validation, checkpoints, state)
+        except FloatingPointError as error:  # on all ranks alike
+            trial.fail(error)
+            run["failed"] = True
+        state = None
     if rank == 0:
         print(f"log: {log.text.name}")
     dist.barrier()  # a process that is gone while another still talks to it aborts that one
     dist.destroy_process_group()
+    if run["failed"]:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -172,6 +172,14 @@ def list_(options: argparse.Namespace) -> int:
     return show(result, leaderboard.text(result), options)
 
 
+@verb("doctor train_steps=4000", argument("words", nargs="*", metavar="NAME=VALUE | @RECIPE"), JSON)
+def doctor(options: argparse.Namespace) -> int:
+    """what would end or spoil a run on this machine, why, and what mends it; code 0 where nothing would"""
+    from records import doctor as desk
+    result = desk.doctor(options.words)
+    return show(result, desk.text(result), options)
+
+
 @verb("neurons logs/RUN.txt -o neurons.png", argument("log", metavar="LOG"),
       argument("-o", metavar="FILE.png", dest="output", help="draw it: over time, and layer by layer"))
 def neurons(options: argparse.Namespace) -> int:

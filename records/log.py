@@ -50,7 +50,8 @@ class Trial:
     @property
     def diverged(self) -> bool:
         """Whether its losses are why it ended: a result of the recipe, not an accident."""
-        return (self.failed or "").startswith("the validation loss") or not all(map(isfinite, self.losses.values()))
+        said = (self.failed or "").startswith(("the validation loss", "the gradient of"))
+        return said or not all(map(isfinite, self.losses.values()))
 
     @property
     def fault(self) -> str | None:

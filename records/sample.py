@@ -26,6 +26,7 @@ class Sample:
     metric: str = "val_loss"
     recipes: set[str] = field(default_factory=set)
     remarks: list[str] = field(default_factory=list)  # what the logs themselves say of what they are no evidence for
+    partial: str | None = None  # which of the logs does not begin at step 0, and where it does
 
     @property
     def n(self) -> int:
@@ -79,6 +80,7 @@ def from_logs(name: str, logs: list[Log], metric: str = "val_loss") -> Sample:
         mixture(logs, used),
         metric=metric,
         recipes={recipe(log.source) for log in logs},
+        partial=next((f"{log.path} is partial: {why}" for log in logs for why in log.facts.get("partial", [])), None),
         remarks=sorted({f"{NO_ATTEMPT}: {why}" for log in logs for why in log.facts.get(NO_ATTEMPT, [])}),
     )
 

@@ -18,8 +18,11 @@ def verify(sample: Sample) -> dict:
     """The verdict of the official rule on a sample, with all that it rests on.
 
     A run that diverged is a result: its loss is above every target, so nothing passes. One that was killed or failed
-    for another reason is an accident: it is shown and left out of the means.
+    for another reason is an accident: it is shown and left out of the means. ValueError for a fork of a run, which
+    is no evidence of any kind.
     """
+    if sample.partial:
+        raise ValueError(f"{sample.partial}: only runs from step 0 are evidence")
     steps = {step: judge(at, sample.target) for step, at in sample.moments.items()}
     earliest = sample.earliest()
     return {

@@ -39,6 +39,18 @@ def small(corpus) -> list[str]:
             "model_dim=32", "head_dim=16", "train_steps=40", "val_every=10", "val_every_late=2", "target_loss=5"]
 
 
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory) -> list[str]:
+    """Overrides for a run of 8 steps that take milliseconds: 8 sequences of 16 tokens, of 512, a step."""
+    folder = tmp_path_factory.mktemp("quick")
+    random = np.random.default_rng(1)
+    for name, tokens in (("val", 300), ("train_1", 600), ("train_2", 900)):
+        write_shard(folder / f"{name}.bin", random.integers(0, 20, tokens) * 7)
+    return [f"train_files={folder}/train_*.bin", f"val_files={folder}/val.bin", "batch_tokens=128",
+            "sequence_length=16", "val_tokens=256", "micro_batch=2", "vocab_size=512", "num_layers=2",
+            "model_dim=32", "head_dim=16", "train_steps=8", "val_every=4", "val_every_late=4", "target_loss=5"]
+
+
 def start(words: list[str], folder: Path, script: Path = ROOT / "train_gpt.py", processes: int = 0, **environment):
     """Run the trainer in a folder: alone, or as a number of processes under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
