@@ -46,14 +46,17 @@ def killed(folder: Path, words, owner="train_gpt", name="learning_rate_factor", 
 
 
 def train(folder: Path, words):
-    """In this process, which is quicker; the signals' handlers are put back."""
+    """In this process, which is quicker; on one thread, as `start`: bits depend on it. Signals' handlers are put back."""
     folder.mkdir(exist_ok=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     before, handlers = Path.cwd(), {number: signal.getsignal(number) for number in train_gpt.SIGNALS}
     os.chdir(folder)
     try:
         train_gpt.main(list(words))
     finally:
         os.chdir(before)
+        torch.set_num_threads(threads)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if torch.distributed.is_initialized():
