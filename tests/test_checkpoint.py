@@ -46,7 +46,7 @@ def killed(folder: Path, words, owner="train_gpt", name="learning_rate_factor", 
 
 
 def train(folder: Path, words):
-    """In this process, which is quicker; on one thread, as `start`: bits depend on it. Signals' handlers are put back."""
+    """In this process, which is quicker; on one thread, as in `start`. The signals' handlers are put back."""
     folder.mkdir(exist_ok=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
