@@ -356,8 +356,8 @@ def check_direction(name: str, pp_iterations: int, pp_beta: float):
                          f"they belong to {' and '.join(d for d in DIRECTIONS if DIRECTIONS[d].balances)}")
 
 
-# Elements updated in one call, 7 matrices of 768 x 768: what a step needs beyond the weights does not grow with depth.
-AT_ONCE = 2**22
+# Elements updated in one call: what a step needs beyond the weights does not grow with depth.
+AT_ONCE = 6 * 768 * 768
 
 
 class Aurora(torch.optim.Optimizer):
