@@ -7,7 +7,6 @@ writes it (bench/optimizer.py); aurora is checked against it first. All step in 
 gradients, so that a drift of the machine's speed meets all. The table goes to bench/results/directions.md too.
 """
 
-
 import platform
 import statistics
 import sys

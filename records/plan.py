@@ -2,11 +2,11 @@
 
 from math import inf, sqrt
 
+from records.program import UPSTREAM_TARGET
 from records.sample import Sample
 from records.statistics import NOISE, THRESHOLD, Moments, judge, normal_cdf, smallest, t_cdf
 
 SIZES = (1, 2, 4, 6, 8, 10, 12, 16, 20, 30, 40)
-TRACK_TARGET = 3.28
 # By simulation (tests/test_desk_verbs.py): runs whose true mean is the target, judged after every run up to n.
 STOPPING = ("note: the rule's p < .001 is for one look. Looked at after every run, it passes runs that are not below "
             "the target in 0.3% of cases by n = 4, 0.5% by 10, 0.8% by 20. Fix n first, or say that runs were added")
@@ -39,7 +39,7 @@ def spread(at: Moments, target: float) -> tuple[float, float]:
 
     Recipes of the track share theirs, known from 478 degrees of freedom; of others only the sample's is known.
     """
-    if target == TRACK_TARGET:
+    if target == UPSTREAM_TARGET:
         return NOISE, inf
     if at.sd is None:
         raise ValueError(f"one run tells no spread, and for target {target:g} none is published: make a second run")

@@ -7,27 +7,16 @@ near .06 at spread 3 for unit rows after Muon, on 512x128.
 """
 
 import sys
-from functools import partial
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from aurora import (
-    CANS_12,
-    QUINTIC_5,
-    balanced_polar,
-    normuon,
-    orthogonality_defect,
-    polar,
-    row_norm_cv,
-    u_normuon,
-)
+from aurora import balanced_polar, cans_polar, jordan_polar, normuon, orthogonality_defect, row_norm_cv, u_normuon
 from studies import parse, publish, style
 
 M, N, STREAM = 512, 128, 20
-ROUTINES = {"quintic-5, bf16": partial(polar, coefficients=QUINTIC_5),
-            "CANS-12, fp32": partial(polar, coefficients=CANS_12, dtype=torch.float32)}
+ROUTINES = {"quintic-5, bf16": jordan_polar, "CANS-12, fp32": cans_polar}
 
 
 def uneven(spread: float, seeds: int) -> Tensor:
