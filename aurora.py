@@ -356,7 +356,7 @@ def check_direction(name: str, pp_iterations: int, pp_beta: float):
                          f"they belong to {' and '.join(d for d in DIRECTIONS if DIRECTIONS[d].balances)}")
 
 
-# Elements updated in one call: what a step needs beyond the weights does not grow with depth.
+# Elements updated in one call on a CPU: what a step needs beyond the weights does not grow with depth.
 AT_ONCE = 6 * 768 * 768
 
 
@@ -384,9 +384,10 @@ class Aurora(torch.optim.Optimizer):
     a matrix that is optimized in their place: m = torch.nn.Parameter(conv.weight.detach().flatten(1)), and before
     each step m.grad = conv.weight.grad.flatten(1).
 
-    Needs the same gradients on every rank (all-reduced). Parameters of one shape form a stack; each rank owns an
-    equal run of the stack, keeps the state of those matrices alone, in fp32, updates them in one batched call, and
-    gathers the others' weights. The number of ranks changes no bit of the result on the CPU, and on GPUs nothing
+    Needs, on the rank that owns a matrix, the sum of the ranks' gradients (all-reduced, say). Parameters of one shape
+    form a stack; each rank owns an equal run of the stack, keeps the state of those matrices alone, in fp32, updates
+    them in batched calls, and gathers the others' weights. A parameter (K, m, n) is a stack of matrices that this rank
+    updates whole, and sends to none: train_gpt.py shares its weights out by itself. The number of ranks changes no bit of the result on the CPU, and on GPUs nothing
     but what a batched product may round differently for another size of stack. Gradients are not changed.
     state_dict() is a collective: every rank calls it, each gets the whole, and any number of ranks can load it.
     """
@@ -404,7 +405,7 @@ class Aurora(torch.optim.Optimizer):
         group = self.param_groups[-1]
         check_direction(group["direction"], group["pp_iterations"], group["pp_beta"])
         for p in group["params"]:
-            if p.ndim != 2:
+            if p.ndim not in (2, 3):
                 raise ValueError(f"Aurora updates matrices, got a parameter of shape {tuple(p.shape)}: give vectors "
                                  "and embeddings to AdamW, and convolutions as matrices (see Aurora's docstring)")
 
@@ -419,25 +420,50 @@ class Aurora(torch.optim.Optimizer):
             for params in stacks(group["params"]):
                 if all(p.grad is None for p in params):
                     continue
+                if params[0].ndim == 3:
+                    moving = [m for p in params if p.grad is not None for m in self._matrices(p, group)]
+                    self._update(moving, [m["weight"] for m in moving], group)
+                    continue
                 owned, share = owned_by_this_rank(params)
                 shard = params[0].new_empty(share, *params[0].shape)
                 moving = [i for i, p in enumerate(owned) if p.grad is not None]
-                at_once = max(1, AT_ONCE // params[0].numel())
-                for some in (moving[i:i + at_once] for i in range(0, len(moving), at_once)):
-                    shard[some] = self._updated([owned[i] for i in some], group).to(shard.dtype)
+                self._update([m for i in moving for m in self._matrices(owned[i], group)],
+                             [shard[i] for i in moving], group)
                 arrive(travelling)
                 travelling = send(params, shard)
         arrive(travelling)
         return loss
 
-    def _updated(self, params, group) -> Tensor:
-        """The new weights of matrices that this rank owns, as one stack."""
+    def _matrices(self, p, group) -> list[dict[str, Tensor]]:
+        """Weight, gradient and state of p, or of each matrix of a stack p. State is in fp32 or better, and zero at first."""
+        direction, (*stack, m, n) = DIRECTIONS[group["direction"]], p.shape
+        shapes = {"momentum": (m, n)}
+        if direction.second_moment:
+            shapes["second_moment"] = direction.second_moment(m, n)
+        for name, shape in shapes.items():
+            if name not in self.state[p]:
+                self.state[p][name] = torch.zeros(*stack, *shape, dtype=at_least_fp32(p), device=p.device)
+        tensors = dict(weight=p, gradient=p.grad) | {name: self.state[p][name] for name in shapes}
+        if p.ndim == 2:
+            return [tensors]
+        return [dict(zip(tensors, matrix)) for matrix in zip(*tensors.values())]
+
+    def _update(self, matrices, out, group):
+        """Put the new weights of matrices of one shape into `out`: on a GPU all at once, else some."""
+        at_once = max(1, AT_ONCE // out[0].numel() if out and not out[0].is_cuda else len(out))
+        for i in range(0, len(out), at_once):
+            torch._foreach_copy_(out[i:i + at_once], list(self._updated(matrices[i:i + at_once], group)))
+
+    def _updated(self, matrices, group) -> Tensor:
+        """The new weights of matrices, as one stack."""
+        def each(name):
+            return [matrix[name] for matrix in matrices]
         direction = DIRECTIONS[group["direction"]]
-        m, n = params[0].shape
-        gradients = [p.grad.to(at_least_fp32(p)) for p in params]
-        momenta = self._state(params, "momentum", (m, n))
-        torch._foreach_lerp_(momenta, gradients, 1 - group["mu"])
-        N = torch.stack(gradients)
+        m, n = matrices[0]["weight"].shape
+        N = torch.stack(each("gradient"))
+        N = N.to(at_least_fp32(N))
+        momenta = each("momentum")
+        torch._foreach_lerp_(momenta, list(N), 1 - group["mu"])
         torch._foreach_lerp_(list(N), momenta, group["mu"])
         options = dict(polar=self.polar) if self.polar else {}
         if direction.balances:
@@ -446,30 +472,22 @@ class Aurora(torch.optim.Optimizer):
         if group["contra"]:
             U = contra(U, N, group["contra"])
         if direction.second_moment:
-            moments = self._state(params, "second_moment", direction.second_moment(m, n))
-            U, new_moments = direction.normalise(U, torch.stack(moments))
-            torch._foreach_copy_(moments, list(new_moments))
+            U, moments = direction.normalise(U, torch.stack(each("second_moment")))
+            torch._foreach_copy_(each("second_moment"), list(moments))
         elif direction.normalise:
             U = direction.normalise(U)
-        W = torch.stack(params).to(N.dtype)
+        W = torch.stack(each("weight")).to(N.dtype)
         U = update_weight_floor(U * max(1, m / n) ** 0.5, W, group["uw_floor"])
-        return W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(U, alpha=group["lr"])
-
-    def _state(self, params, name: str, shape) -> list[Tensor]:
-        """A state tensor of each parameter, in fp32 or better; zero before its first step."""
-        for p in params:
-            if name not in self.state[p]:
-                self.state[p][name] = torch.zeros(shape, dtype=at_least_fp32(p), device=p.device)
-        return [self.state[p][name] for p in params]
+        return W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(U.mul_(group["lr"]))
 
     def state_dict(self) -> dict:
         whole = super().state_dict()
         if dist.is_initialized() and dist.get_world_size() > 1:
             shares = [None] * dist.get_world_size()
             # by way of the CPU: a tensor would be unpacked on the sender's GPU
-            dist.all_gather_object(shares, {index: {name: x.cpu() for name, x in state.items()}
-                                            for index, state in whole["state"].items()})
-            whole["state"] = {index: state for share in shares for index, state in share.items()}
+            mine = {index: {name: x.cpu() for name, x in state.items()} for index, state in whole["state"].items()}
+            dist.all_gather_object(shares, mine)
+            whole["state"] = {index: state for share in shares for index, state in share.items()} | mine
         return whole
 
     def load_state_dict(self, state_dict: dict):
@@ -512,7 +530,10 @@ def arrive(travelling):
 
 
 def owned_by_this_rank(params) -> tuple[list, int]:
-    """This rank's equal run of a stack, and how long a run is; the last ranks may own less, or nothing."""
+    """This rank's equal run of like parameters, and how long a run is; the last ranks may own less, or nothing. What is
+    itself a stack is every rank's own."""
+    if params[0].ndim == 3:
+        return params, len(params)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = -(-len(params) // world)
     return params[rank * share:(rank + 1) * share], share

@@ -7,7 +7,8 @@ process. NAME=VALUE overrides a field of Hyperparameters below; @tiny takes the 
 
 Published: mean 3.278845 at step 3175, n=20, 8xH100, 157 ms a step. Descends from
 github.com/KellerJordan/modded-nanogpt, records/track_3_optimization/results/20260505_aurora.
-Read downwards: hyperparameters, data, model, initialisation and optimizers, log, neurons, training, checkpoints.
+Read downwards: hyperparameters, data, model, banks of parameters, initialisation and optimizers, log, neurons,
+training, checkpoints.
 """
 
 import argparse
@@ -27,7 +28,9 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from aurora import DIRECTIONS, Aurora, check_direction, leverage_scores
+from aurora import DIRECTIONS, Aurora, all_gather, check_direction, leverage_scores
 from checkpoint import read_checkpoint, write_checkpoint
 from kernels.bf16 import linear
 from kernels.cross_entropy import softcapped_cross_entropy_
@@ -214,6 +217,7 @@ class Place(NamedTuple):
     rank: int
     world: int
     device: torch.device
+    attention: str = "PyTorch"  # whose
 
 
 def read_batches(shards, batch_tokens: int, sequence_length: int, place: Place, first: int = 0):
@@ -237,7 +241,7 @@ def read_batches(shards, batch_tokens: int, sequence_length: int, place: Place, 
 #                Model                 #
 ########################################
 # B sequences, T tokens each, D model_dim, H heads of size K, V vocab_size.
-# Activations are bf16, as the embedding is; every other parameter is an fp32 master, cast where it is used.
+# Activations and weights are bf16. The fp32 masters of the weights live in the banks below, each with its owner.
 
 class RMSNorm(nn.Module):
     def __init__(self, dim: int):
@@ -245,7 +249,7 @@ class RMSNorm(nn.Module):
         self.gains = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.size(-1),), weight=self.gains.type_as(x))
+        return F.rms_norm(x, (x.size(-1),), weight=self.gains)
 
 
 class Linear(nn.Linear):
@@ -263,11 +267,11 @@ class Rotary(nn.Module):
 
     def forward(self, length: int) -> tuple[Tensor, Tensor]:
         angle = torch.outer(torch.arange(length, device=self.frequency.device), self.frequency)
-        return angle.cos()[:, None], angle.sin()[:, None]  # (T, 1, K/2) each, fp32
+        return angle.cos()[:, None, None], angle.sin()[:, None, None]  # (T, 1, 1, K/2) each, fp32
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, T, H, K): pairs (x_i, x_{i + K/2}) turned by the angle of their position; computed in fp32."""
+    """x (B, T, 2, H, K): pairs (x_i, x_{i + K/2}) turned by the angle of their position; computed in fp32."""
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).type_as(x)
 
@@ -276,12 +280,12 @@ class Attention(nn.Module):
     def __init__(self, dim: int, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
-        self.q, self.k, self.v, self.proj = (Linear(dim, dim) for _ in range(4))
+        self.qkv, self.proj = Linear(dim, 3 * dim), Linear(dim, dim)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
-        q, k = (rotate(F.rms_norm(y, (self.head_dim,)), *rotary) for y in (q, k))
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, K)
+        qkv = self.qkv(x).unflatten(-1, (3, -1, self.head_dim))  # (B, T, 3, H, K)
+        qk = rotate(F.rms_norm(qkv[:, :, :2], (self.head_dim,)), *rotary)
+        q, k, v = (y.transpose(1, 2) for y in (*qk.unbind(2), qkv[:, :, 2]))  # (B, H, T, K)
         y = F.scaled_dot_product_attention(q, k, v, scale=0.12, is_causal=True)
         return self.proj(y.transpose(1, 2).flatten(2))
 
@@ -336,45 +340,159 @@ class GPT(nn.Module):
 
 
 ########################################
+#         Banks of parameters          #
+########################################
+# A step moves each number twice: its gradient to the rank that owns it, its new weight from there to all ranks.
+
+reduce_scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+
+
+def replayed(update: Callable[[], None], pool) -> Callable[[], None]:
+    """`update` as one CUDA graph, into the pool of memory, from its second call on: its hundreds of launches become
+    one. The first call allocates the state that it keeps and compiles its kernels."""
+    def calls():
+        update()
+        yield
+        graph = torch.cuda.CUDAGraph()
+        # NCCL's watchdog makes calls of its own meanwhile, from its thread
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            update()
+        while True:
+            graph.replay()
+            yield
+    return partial(next, calls())
+
+
+class Bank:
+    """Parameters that one optimizer updates, in one tensor of slots: matrices of a shape, or single numbers.
+
+    Each rank has all weights, in bf16, and its own gradients of them, summed in fp32 over micro-batches. It owns an
+    equal run of the slots: their sum over ranks, masters in `dtype`, and optimizer's state are there alone. So the
+    number of ranks changes nothing but the order of that sum. `rule` makes an optimizer of a list of parameters.
+    """
+
+    def __init__(self, params: dict[str, nn.Parameter], unit: tuple, rule: Callable, place: Place,
+                 dtype=torch.float32, pool=None):
+        self.params = params
+        sizes = [p.numel() // math.prod(unit) for p in params.values()]
+        self.slots = [name for name, size in zip(params, sizes) for _ in range(size if unit else 0)]
+        self.count = sum(sizes)
+        # the last ranks may own less: zeros, which stay zeros. Numbers go by 64, a whole count of vector registers: on
+        # the CPU AdamW rounds what is left over at the end otherwise
+        step = 1 if unit else 64
+        share = -(-self.count // (place.world * step)) * step
+        self.mine = slice(place.rank * share, (place.rank + 1) * share)
+        self.weights = torch.zeros(place.world * share, *unit, dtype=torch.bfloat16, device=place.device)
+        self.gradients = torch.zeros_like(self.weights, dtype=torch.float32)
+        for p, weight in zip(params.values(), self.views(self.weights)):
+            p.data = weight
+        self.own = nn.Parameter(torch.zeros_like(self.weights[self.mine], dtype=dtype))
+        self.optimizer = rule([self.own])
+        self.group, = self.optimizer.param_groups
+        self.lr = self.group["lr"]
+        self.group["lr"] = torch.tensor(self.lr, device=place.device)  # a CUDA graph reads it at each replay
+        self.update = replayed(self._update, pool) if place.device.type == "cuda" else self._update
+
+    def views(self, slots: Tensor) -> list[Tensor]:
+        """A tensor of slots as tensors of the parameters' shapes."""
+        sizes = [p.numel() for p in self.params.values()]
+        return [x.view_as(p) for x, p in zip(slots.flatten()[:sum(sizes)].split(sizes), self.params.values())]
+
+    def reduce(self):
+        """Start to sum over ranks what each owns."""
+        self.work = reduce_scatter(self.gradients[self.mine], self.gradients, async_op=True)
+
+    def step(self, factor: float):
+        """Update this rank's share with a part of the learning rate, and start to send it to all ranks."""
+        self.arrive()
+        self.group["lr"].fill_(self.lr * factor)
+        self.update()
+        self.work = all_gather(self.weights, self.weights[self.mine], async_op=True)
+
+    @torch.no_grad()
+    def _update(self):
+        self.own.grad = self.gradients[self.mine].to(self.own.dtype)
+        self.optimizer.step()
+        self.weights[self.mine] = self.own
+
+    def arrive(self):
+        self.work.wait()
+
+    def state(self) -> dict[str, Tensor]:
+        """The masters and the optimizer's state of all ranks, (slots, ...), on the CPU. A collective."""
+        whole = {"master": self.own.detach()} | self.optimizer.state[self.own]
+        for name, x in whole.items():
+            if x.ndim:  # AdamW's count of steps is one number
+                everyone = x.new_empty(len(self.weights), *x.shape[1:])
+                all_gather(everyone, x)
+                x = everyone[:self.count]
+            whole[name] = x.cpu()
+        return whole
+
+    @torch.no_grad()
+    def load(self, whole: dict[str, Tensor]):
+        """Take this rank's share of a state(), of any number of ranks, and send the weights. A collective."""
+        shares = {}
+        for name, x in whole.items():
+            if x.ndim:
+                x = x[self.mine]
+                x = torch.cat([x, x.new_zeros(len(self.own) - len(x), *x.shape[1:])])
+            shares[name] = x.to(self.own.device, copy=True)
+        self.weights[self.mine] = self.own.copy_(shares.pop("master"))
+        self.optimizer.state[self.own] = shares
+        all_gather(self.weights, self.weights[self.mine])
+
+
+########################################
 #     Initialisation & optimizers      #
 ########################################
 
-@torch.no_grad()
-def initialise(model: GPT, seed: int):
-    """Set every parameter. Drawn on the CPU in fp32: a seed means the same weights whatever the GPU."""
+def initial_weights(model: GPT, seed: int) -> dict[str, Tensor]:
+    """A value for every parameter. Drawn on the CPU in fp32: a seed means the same weights whatever the GPU."""
     generator = torch.Generator().manual_seed(seed)
+    values = {}
     for name, p in model.named_parameters():
         if name.endswith("gains"):
-            p.fill_(1)
+            values[name] = torch.ones(p.shape)
         elif name.endswith("bias") or name.endswith("proj.weight") or name == "head.weight":
-            p.zero_()
+            values[name] = torch.zeros(p.shape)
         elif name == "embed.weight":
-            p.copy_(torch.randn(p.shape, generator=generator))
+            values[name] = torch.randn(p.shape, generator=generator)
         else:
-            p.copy_(torch.randn(p.shape, generator=generator) * (0.33 / p.size(1)) ** 0.5)
+            values[name] = torch.randn(p.shape, generator=generator) * (0.33 / p.size(1)) ** 0.5
+    return values
 
 
-def make_optimizers(model: GPT, hp: Hyperparameters) -> list[torch.optim.Optimizer]:
-    vectors = [p for p in model.parameters() if p.ndim == 1]
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    groups = [dict(params=[model.embed.weight], lr=hp.embed_lr),
-              dict(params=[model.head.weight], lr=hp.head_lr),
-              dict(params=vectors, lr=hp.vector_lr)]
+def fill(banks: list[Bank], values: dict[str, Tensor]):
+    for bank in banks:
+        numbers = torch.cat([values[name].flatten() for name in bank.params])
+        bank.load({"master": numbers.view(bank.count, *bank.own.shape[1:])})
+
+
+def make_banks(model: GPT, hp: Hyperparameters, place: Place) -> list[Bank]:
+    """In the order of a step: while the first matrices are updated the others' gradients travel, and so on."""
+    matrices = {}
+    for name, p in model.blocks.named_parameters(prefix="blocks"):
+        if p.ndim == 2:  # q, k and v are three matrices
+            unit = (p.size(1), p.size(1)) if name.endswith("qkv.weight") else tuple(p.shape)
+            matrices.setdefault(unit, {})[name] = p
+    vectors = {name: p for name, p in model.named_parameters() if p.ndim == 1}
+    cuda = place.device.type == "cuda"
+    adamw = partial(torch.optim.AdamW, betas=(hp.adam_beta1, hp.adam_beta2), eps=hp.adam_eps,
+                    weight_decay=hp.adam_weight_decay, fused=True, capturable=cuda)
     if hp.direction == "adamw":
-        groups.append(dict(params=matrices, lr=hp.matrix_lr, betas=(hp.mu, hp.adam_beta2),
-                           weight_decay=hp.weight_decay))
-    optimizers = [torch.optim.AdamW(groups, betas=(hp.adam_beta1, hp.adam_beta2), eps=hp.adam_eps,
-                                    weight_decay=hp.adam_weight_decay, fused=True)]
-    if hp.direction != "adamw":
-        optimizers.append(Aurora(matrices, lr=hp.matrix_lr, weight_decay=hp.weight_decay, mu=hp.mu,
-                                 direction=hp.direction, pp_iterations=hp.pp_iterations, pp_beta=hp.pp_beta,
-                                 contra=hp.contra, uw_floor=hp.uw_floor))
-    updated = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    assert len(updated) == len(set(updated)) and set(updated) == set(model.parameters())
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return optimizers
+        rule = partial(adamw, lr=hp.matrix_lr, betas=(hp.mu, hp.adam_beta2), weight_decay=hp.weight_decay)
+    else:
+        rule = partial(Aurora, lr=hp.matrix_lr, weight_decay=hp.weight_decay, mu=hp.mu, direction=hp.direction,
+                       pp_iterations=hp.pp_iterations, pp_beta=hp.pp_beta, contra=hp.contra, uw_floor=hp.uw_floor)
+    bank = partial(Bank, place=place, pool=torch.cuda.graph_pool_handle() if cuda else None)
+    banks = [bank(params, unit, rule) for unit, params in sorted(matrices.items(), key=lambda x: -math.prod(x[0]))]
+    banks += [bank({"head.weight": model.head.weight}, (), partial(adamw, lr=hp.head_lr)),
+              bank({"embed.weight": model.embed.weight}, (), partial(adamw, lr=hp.embed_lr), dtype=torch.bfloat16),
+              bank(vectors, (), partial(adamw, lr=hp.vector_lr))]
+    names = [name for bank in banks for name in bank.params]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    return banks
 
 
 def learning_rate_factor(step: int, hp: Hyperparameters) -> float:
@@ -472,6 +590,7 @@ def facts(hp: Hyperparameters, place: Place, shards: dict[str, int], source: str
         lines.append(f"triton: {triton.__version__}")
     else:
         lines.append(f"threads: {torch.get_num_threads()}")
+    lines.append(f"attention: {place.attention}")
     dirty = output_of("git", "-C", str(HERE), "status", "--porcelain", "--untracked-files=no")
     lines += [f"commit: {output_of('git', '-C', str(HERE), 'rev-parse', 'HEAD') or 'none'}{' (dirty)' * bool(dirty)}",
               f"source_sha256: {hashlib.sha256(source.encode()).hexdigest()}",
@@ -502,32 +621,34 @@ def processor() -> str:
 # --neurons K looks at the MLPs' neurons every K steps, for `python -m records neurons`. It changes no result, and
 # costs nothing at the other steps. Neuron i is row i of fc and, where there is one, of the gate.
 
-def neuron_inputs(model: GPT) -> dict[tuple[int, str], Tensor]:
-    """{(layer, "fc" or "gate"): weight (neurons, model_dim)}."""
-    return {(layer, name): getattr(block.mlp, name).weight for layer, block in enumerate(model.blocks)
-            for name in ("fc", "gate") if getattr(block.mlp, name) is not None}
+def owned_neurons(banks: list[Bank]) -> dict[str, tuple[Bank, int]]:
+    """{name of a weight (neurons, model_dim): its bank and its index there} of those that this rank owns."""
+    return {name: (bank, i) for bank in banks for i, name in enumerate(bank.slots[bank.mine])
+            if name.endswith(("mlp.fc.weight", "mlp.gate.weight"))}
 
 
 @torch.no_grad()
-def neuron_rows(p: Tensor, before: Tensor, state: dict) -> dict[str, list[float]]:
+def neuron_rows(bank: Bank, i: int, before: Tensor) -> dict[str, list[float]]:
     """Leverage scores of the momentum (AdamW's exp_avg), and row norms: of the momentum, of the gradient of the
     batch's summed loss, and of this step's change of the weights, its learning rate, decay and floor included."""
-    momentum = state.get("momentum", state.get("exp_avg"))
+    state = bank.optimizer.state[bank.own]
+    momentum = state.get("momentum", state.get("exp_avg"))[i]
     rows = dict(leverage=leverage_scores(momentum), momentum=momentum.norm(dim=1),
-                gradient=p.grad.norm(dim=1), update=(p - before).norm(dim=1))
+                gradient=bank.own.grad[i].norm(dim=1), update=(bank.own[i] - before).norm(dim=1))
     return {name: [float(f"{x:.4g}") for x in values.tolist()] for name, values in rows.items()}
 
 
-def record_neurons(weights, before, optimizers, seed: int, step: int, place: Place, log: RunLog):
+def record_neurons(banks: list[Bank], before: dict[str, Tensor], seed: int, step: int, place: Place, log: RunLog):
     """Collect what the owner of each matrix knows of its neurons; a line for each matrix."""
-    states = {p: state for optimizer in optimizers for p, state in optimizer.state.items() if state}
-    mine = {key: neuron_rows(p, before[key], states[p]) for key, p in weights.items() if p in states}
+    mine = {name: neuron_rows(bank, i, before[name]) | dict(inputs=bank.own.size(-1))
+            for name, (bank, i) in owned_neurons(banks).items()}
     shares = [None] * place.world if place.rank == 0 else None
     dist.gather_object(mine, shares)
     if place.rank == 0:
-        rows = {key: values for share in shares for key, values in share.items()}
-        log.record_neurons([dict(seed=seed, step=step, layer=key[0], matrix=key[1], inputs=weights[key].size(1),
-                                 **rows[key]) for key in sorted(rows)])
+        rows = [(int(name.split(".")[1]), name.split(".")[3], values) for share in shares
+                for name, values in share.items()]
+        log.record_neurons([dict(seed=seed, step=step, layer=layer, matrix=matrix, **values)
+                            for layer, matrix, values in sorted(rows, key=lambda row: row[:2])])
 
 
 ########################################
@@ -566,43 +687,51 @@ def micro_batches(inputs: Tensor, targets: Tensor, at_most: int):
     return zip(inputs.split(size), targets.split(size))
 
 
-def accumulate_gradients(model: GPT, inputs: Tensor, targets: Tensor, hp: Hyperparameters) -> Tensor:
-    """Leave in every p.grad the gradient of the whole batch, summed over micro-batches and ranks.
+def accumulate_gradients(model: GPT, banks: list[Bank], batch: tuple[Tensor, Tensor], hp: Hyperparameters) -> Tensor:
+    """Sum the micro-batches' gradients in the banks, and start to sum them over ranks. Returns this rank's summed loss.
 
-    Returns this rank's summed loss. The bf16 embedding's gradient is summed in fp32 and rounded once, so that no
-    number of ranks or micro-batches is favoured. FloatingPointError, on all ranks, where one has a gradient that is
-    not finite.
+    A micro-batch's own gradient is bf16, as the published program's; the sums are fp32, so that no number of ranks or
+    micro-batches is favoured. FloatingPointError, on all ranks, where one has a gradient that is not finite.
     """
-    embed = model.embed.weight
-    embed_gradient = torch.zeros_like(embed, dtype=torch.float32)
-    total = torch.zeros((), device=inputs.device, dtype=torch.float64)
-    for micro_inputs, micro_targets in micro_batches(inputs, targets, hp.micro_batch):
-        loss = model(micro_inputs, micro_targets)
+    names = [name for bank in banks for name in bank.params]
+    params = [p for bank in banks for p in bank.params.values()]
+    sums = [view for bank in banks for view in bank.views(bank.gradients)]
+    torch._foreach_zero_(sums)
+    total = torch.zeros((), device=sums[0].device, dtype=torch.float64)
+    for micro_batch in micro_batches(*batch, hp.micro_batch):
+        loss = model(*micro_batch)
         loss.backward()
         total += loss.detach()
-        embed_gradient += embed.grad
-        embed.grad = None
-    gradients = [embed_gradient] + [p.grad for p in model.parameters() if p is not embed]
-    check_finite(gradients, [name for name, _ in model.named_parameters()])
-    for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
-        work.wait()
-    embed.grad = embed_gradient.to(embed.dtype)
+        torch._foreach_add_(sums, [p.grad for p in params])
+        model.zero_grad()
+    flags = not_finite(sums)
+    for bank in banks:
+        bank.reduce()
+    if flags.any():  # here the program waits for the GPU: no later place is early enough
+        rank, first = flags.nonzero()[0].tolist()
+        others = f" and of {int(flags[rank].sum()) - 1} others" if flags[rank].sum() > 1 else ""
+        raise FloatingPointError(f"the gradient of {names[first]}{others} is not finite on rank {rank}")
     return total
 
 
-def check_finite(gradients: list[Tensor], names: list[str]):
-    """FloatingPointError on every rank, naming rank and parameter, where a rank's own gradient has no finite norm.
+def not_finite(gradients: list[Tensor]) -> Tensor:
+    """(ranks, gradients): 1 where a rank's own gradient has no finite norm.
 
     Before the sum over ranks, which would hide whose they are, and before the optimizers: no weight is spoiled, and a
-    checkpoint never holds a NaN. To know that, the program must wait for the GPU here: no later place is early enough.
+    checkpoint never holds a NaN.
     """
     flags = torch.zeros(dist.get_world_size(), len(gradients), device=gradients[0].device)
     flags[dist.get_rank()] = (~torch.stack(torch._foreach_norm(gradients)).isfinite()).float()
     dist.all_reduce(flags)
-    if flags.any():
-        rank, first = flags.nonzero()[0].tolist()
-        others = f" and of {int(flags[rank].sum()) - 1} others" if flags[rank].sum() > 1 else ""
-        raise FloatingPointError(f"the gradient of {names[first]}{others} is not finite on rank {rank}")
+    return flags
+
+
+def update(banks: list[Bank], factor: float):
+    """A step of all optimizers, with a part of their learning rates."""
+    for bank in banks:
+        bank.step(factor)
+    for bank in banks:
+        bank.arrive()
 
 
 @torch.no_grad()
@@ -723,7 +852,7 @@ class Trial:
 # from then on. The place in the data follows from the step; nothing is drawn at random after the initialisation.
 
 STATE = dict(hyperparameters=dict, source_sha256=str, end=int, neurons=int, every=int, failed=bool, seed=int, step=int,
-             trial=dict, model=dict, optimizers=list, lengths=dict)  # `end`: of the seeds
+             trial=dict, banks=list, lengths=dict)  # `end`: of the seeds
 SIGNALS = {signal.SIGUSR1: 1, signal.SIGTERM: 2, signal.SIGINT: 2}  # ask for a checkpoint; 2: and for the end
 
 
@@ -743,11 +872,10 @@ class Checkpoints:
         dist.all_reduce(asked, dist.ReduceOp.MAX)
         return asked.item()
 
-    def save(self, step: int, model: GPT, optimizers, trial: Trial, stop: bool):
+    def save(self, step: int, banks: list[Bank], trial: Trial, stop: bool):
         """A collective, not counted as training. A full disk costs this checkpoint, not the run."""
         trial.clock.read()
-        state = self.run | dict(seed=trial.seed, step=step, trial=trial.state(), model=dict(model.state_dict()),
-                                optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers])
+        state = self.run | dict(seed=trial.seed, step=step, trial=trial.state(), banks=[bank.state() for bank in banks])
         if self.place.rank == 0:
             name = Path(self.log.text.name).stem
             try:
@@ -762,11 +890,10 @@ class Checkpoints:
             complain(f"stopped by a signal at step {step}; --resume logs/*.checkpoint goes on")
 
 
-def restore(state: dict, model: GPT, optimizers, trial: Trial) -> int:
-    """Put a checkpoint's state in place, and return its step. The optimizers' groups stay those of hp."""
-    model.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": saved})
+def restore(state: dict, banks: list[Bank], trial: Trial) -> int:
+    """Put a checkpoint's state in place, and return its step."""
+    for bank, whole in zip(banks, state["banks"], strict=True):
+        bank.load(whole)
     trial.go_on(state["step"], **state["trial"])
     return state["step"]
 
@@ -804,17 +931,19 @@ def recall(args: argparse.Namespace) -> tuple[Hyperparameters, dict]:
 def train(model: GPT, trial: Trial, shards, validation, checkpoints: Checkpoints, state: dict | None):
     """One trial, from a wholly fresh state or that of a checkpoint, to its log. FloatingPointError where it fails."""
     hp, log = trial.hp, trial.log
-    initialise(model, trial.seed)
+    banks = make_banks(model, hp, trial.place)
+    if state:
+        first = restore(state, banks, trial)
+    else:
+        fill(banks, initial_weights(model, trial.seed))
+        first = 0
     model.zero_grad()  # a trial that failed leaves gradients
-    optimizers = make_optimizers(model, hp)
-    first, asked = restore(state, model, optimizers, trial) if state else 0, 0
-    for p in model.parameters():
-        dist.broadcast(p.detach(), 0)  # nodes of different processors draw different last bits
+    asked = 0
     batches = read_batches(shards, hp.batch_tokens, hp.sequence_length, trial.place, first)
     trial.clock.resume()
     for step in range(first, hp.train_steps + 1):
         if asked or checkpoints.every and step > first and step % checkpoints.every == 0:
-            checkpoints.save(step, model, optimizers, trial, stop=asked == 2)
+            checkpoints.save(step, banks, trial, stop=asked == 2)
         if is_validation_step(step, hp):
             seconds = trial.clock.read()
             trial.after_validation(step, seconds, validation_loss(model, *validation, hp))
@@ -823,22 +952,18 @@ def train(model: GPT, trial: Trial, shards, validation, checkpoints: Checkpoints
             break
 
         try:
-            loss = accumulate_gradients(model, *next(batches), hp)
+            loss = accumulate_gradients(model, banks, next(batches), hp)
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} at step {step + 1}") from None
         asked = checkpoints.agree()
         look = log.neurons_every and (step + 1) % log.neurons_every == 0
-        before = {key: p.detach().clone() for key, p in neuron_inputs(model).items()} if look else None
+        before = {name: bank.own[i].detach().clone() for name, (bank, i) in owned_neurons(banks).items() if look}
         factor = learning_rate_factor(step, hp)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-            optimizer.step()
+        update(banks, factor)
         if look:
             trial.clock.read()
-            record_neurons(neuron_inputs(model), before, optimizers, trial.seed, step + 1, trial.place, log)
+            record_neurons(banks, before, trial.seed, step + 1, trial.place, log)
             trial.clock.resume()
-        model.zero_grad()
         trial.after_step(step + 1, loss, hp.matrix_lr * factor)
     trial.bar.close()
 
@@ -898,9 +1023,28 @@ def check_place(hp: Hyperparameters, local_rank: int, world: int):
                              f"share equally: start {fewer}, or change {name}")
 
 
+def pin_attention(device: torch.device) -> str:
+    """Allow the fastest attention of this card alone, so that no other is taken in silence. Returns its name.
+
+    On H100 and B200 that is cuDNN's, as PyTorch itself prefers there (arXiv 2407.08608 has figures), from the versions
+    on that are right: cuDNN 9.15.1, CUDA 12.9 (pytorch #169849, #171627).
+    """
+    if device.type == "cpu":
+        return "PyTorch"
+    capability = torch.cuda.get_device_capability(device)
+    fastest = "flash" if capability >= (8, 0) else "mem_efficient"
+    cuda = tuple(map(int, torch.version.cuda.split(".")))
+    if capability in ((9, 0), (10, 0)) and torch.backends.cudnn.version() > 91500 and cuda >= (12, 9):
+        fastest = "cudnn"
+    for name in ("cudnn", "flash", "mem_efficient", "math"):
+        getattr(torch.backends.cuda, f"enable_{name}_sdp")(name == fastest)
+    return fastest
+
+
 def join(rank: int, local_rank: int, world: int) -> Place:
     gpus = torch.cuda.device_count()
-    place = Place(rank, world, torch.device("cuda", local_rank) if gpus else torch.device("cpu"))
+    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+    place = Place(rank, world, device, pin_attention(device))
     if gpus:
         torch.cuda.set_device(place.device)
     dist.init_process_group("nccl" if gpus else "gloo", store=dist.HashStore() if world == 1 else None,

@@ -72,25 +72,21 @@ def training(hp: Hyperparameters, seed: int) -> Iterator[tuple[int, float, list[
     """
     with device():
         model = train_gpt.GPT(hp)
-    train_gpt.initialise(model, seed)
-    optimizers = train_gpt.make_optimizers(model, hp)
+    banks = train_gpt.make_banks(model, hp, Place(0, 1, device()))
+    train_gpt.fill(banks, train_gpt.initial_weights(model, seed))
     if device().type == "cuda":
         model.compile(dynamic=False)
     train_shards, val_shards = shards_of(hp)
     train_batches, validation = batches(train_shards, hp.batch_tokens, hp), next(batches(val_shards, hp.val_tokens, hp))
     for step in range(hp.train_steps + 1):
         if train_gpt.is_validation_step(step, hp):
-            weights = [block.mlp.fc.weight for block in model.blocks]
-            momenta = [optimizers[-1].state[w].get("momentum", torch.zeros_like(w)) for w in weights]
+            momenta = [bank.optimizer.state[bank.own].get("momentum", torch.zeros_like(bank.own))[i]
+                       for bank, i in train_gpt.owned_neurons(banks).values()]
             yield step, train_gpt.validation_loss(model, *validation, hp), momenta
         if step == hp.train_steps:
             return
-        train_gpt.accumulate_gradients(model, *next(train_batches), hp)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * train_gpt.learning_rate_factor(step, hp)
-            optimizer.step()
-        model.zero_grad()
+        train_gpt.accumulate_gradients(model, banks, next(train_batches), hp)
+        train_gpt.update(banks, train_gpt.learning_rate_factor(step, hp))
 
 
 def sweep(run: Callable, settings: list[tuple], rates: list[float], seeds: int) -> dict[tuple, list]:

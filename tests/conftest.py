@@ -1,5 +1,6 @@
 """A small corpus and a small run, shared by the tests of the trainer."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 EOT = 50256
@@ -49,6 +51,16 @@ def quick(tmp_path_factory) -> list[str]:
     return [f"train_files={folder}/train_*.bin", f"val_files={folder}/val.bin", "batch_tokens=128",
             "sequence_length=16", "val_tokens=256", "micro_batch=2", "vocab_size=512", "num_layers=2",
             "model_dim=32", "head_dim=16", "train_steps=8", "val_every=4", "val_every_late=4", "target_loss=5"]
+
+
+@contextlib.contextmanager
+def one_process():
+    """A process group of this process alone, such as the trainer's sums go over."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def start(words: list[str], folder: Path, script: Path = ROOT / "train_gpt.py", processes: int = 0, **environment):

@@ -20,12 +20,12 @@ def hook(gradient):
     planted = passes == BACKWARD and int(os.environ.get("RANK", 0)) == RANK
     return gradient * float("nan") if planted else gradient
 
-def initialise(model, seed, original=train_gpt.initialise, hooked=[]):
-    original(model, seed)
+def make_banks(model, hp, place, original=train_gpt.make_banks, hooked=[]):
     if not hooked:
         hooked.append(dict(model.named_parameters())[PARAMETER].register_hook(hook))
+    return original(model, hp, place)
 
-train_gpt.initialise = initialise
+train_gpt.make_banks = make_banks
 train_gpt.main(sys.argv[1:])
 """
 

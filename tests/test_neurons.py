@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import start
+from conftest import one_process, start
 from matplotlib.figure import Figure
 
 import train_gpt
 from records.__main__ import main
 from records.neurons import Look, dead, draw_low, draw_persistent, draw_spread, half, persistent, read, table
-from train_gpt import GPT, initialise, override
+from train_gpt import GPT, Place, fill, initial_weights, override
 
 
 def test_the_result_does_not_change_and_every_matrix_is_written(small, tmp_path):
@@ -47,31 +47,31 @@ def test_rows_are_what_they_are_called(small, direction, tmp_path, monkeypatch):
     """Kills: norms of columns, a gradient of another step, an update that is the whole weight or is measured from
     after the step, the scores of the gradient or the weight in place of the momentum's."""
     monkeypatch.chdir(tmp_path)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     hp = override([*small, f"direction={direction}", "contra=0", "uw_floor=0", "num_layers=1"])
     model = GPT(hp)
-    initialise(model, 0)
-    optimizers = train_gpt.make_optimizers(model, hp)
+    place = Place(0, 1, torch.device("cpu"))
+    banks = train_gpt.make_banks(model, hp, place)
     log = train_gpt.RunLog("run", 1)
-    weights = train_gpt.neuron_inputs(model)
     generator = torch.Generator().manual_seed(0)
     momentum = 0
-    for step in range(3):
-        for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-        before = {key: p.detach().clone() for key, p in weights.items()}
-        for optimizer in optimizers:
-            optimizer.step()
-        p = weights[0, "fc"]
-        beta = 0.95  # mu, and with adamw the first beta too
-        momentum = beta * momentum + (1 - beta) * p.grad.double()
-        train_gpt.record_neurons(weights, before, optimizers, 7, step + 1, train_gpt.Place(0, 1, p.device), log)
-    torch.distributed.destroy_process_group()
+    ((bank, i),) = train_gpt.owned_neurons(banks).values()
+    with one_process():
+        fill(banks, initial_weights(model, 0))
+        for step in range(3):
+            for each in banks:
+                each.gradients.copy_(torch.randn(each.gradients.shape, generator=generator))
+                each.reduce()
+            before = bank.own[i].detach().clone()
+            train_gpt.update(banks, 1.0)
+            gradient = bank.gradients[i].clone()
+            beta = 0.95  # mu, and with adamw the first beta too
+            momentum = beta * momentum + (1 - beta) * gradient.double()
+            train_gpt.record_neurons(banks, {"blocks.0.mlp.fc.weight": before}, 7, step + 1, place, log)
     look = read("logs/run.txt")[-1]
     assert (look.seed, look.step, look.layer, look.matrix, look.inputs) == (7, 3, 0, "fc", 32)
     M = momentum
     exact = dict(leverage=(M @ torch.linalg.inv(M.T @ M) @ M.T).diagonal(), momentum=M.norm(dim=1),
-                 gradient=p.grad.norm(dim=1), update=(p - before[0, "fc"]).norm(dim=1))
+                 gradient=gradient.norm(dim=1), update=(bank.own[i] - before).norm(dim=1))
     for name, values in exact.items():
         assert getattr(look, name) == pytest.approx(values.tolist(), rel=6e-4)  # half of the fourth digit, and fp32
 

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_shard
+from conftest import ROOT, one_process, write_shard
 
 import train_gpt
 from kernels.cross_entropy import softcapped_cross_entropy_reference
-from train_gpt import GPT, Hyperparameters, Place, flatten, initialise, override, read_batches, render
+from train_gpt import GPT, Hyperparameters, Place, flatten, initial_weights, override, read_batches, render
 
 CPU = torch.device("cpu")
 
@@ -32,35 +32,41 @@ def test_the_defaults_are_result_17():
         Hyperparameters().mu = 0.9
 
 
-def test_the_default_model_and_its_optimizers():
-    """Kills: a layer, bias or gain too many or too few, a parameter that no optimizer or two have, groups mixed up."""
+def test_the_default_model_and_its_banks():
+    """Kills: a layer, bias or gain too many or too few, a parameter that no optimizer or two have, banks mixed up, an
+    order that sends the big vectors before the matrices, whose update takes longest."""
     hp = Hyperparameters()
-    with torch.device("meta"):
+    meta = torch.device("meta")
+    with meta:
         model = GPT(hp)
     assert sum(p.numel() for p in model.parameters()) == 162_354_816
-    assert {p.dtype for n, p in model.named_parameters() if n != "embed.weight"} == {torch.float32}
-    assert model.embed.weight.dtype == torch.bfloat16
-    adamw, aurora = train_gpt.make_optimizers(model, hp)
-    embed, head, vectors = adamw.param_groups
-    assert [p.shape for p in embed["params"] + head["params"]] == [(50304, 768)] * 2
-    assert [(g["lr"], g["betas"], g["eps"], g["weight_decay"]) for g in adamw.param_groups] == [
-        (lr, (0.8, 0.95), 1e-10, 0) for lr in (0.3, 1 / 320, 0.01)]
-    assert sum(p.numel() for p in vectors["params"]) == 162_354_816 - 2 * 50304 * 768 - 12 * 12 * 768**2
-    (matrices,) = aurora.param_groups
-    assert {k: v for k, v in matrices.items() if k not in ("params", "initial_lr")} == dict(
-        lr=0.0375, weight_decay=0.0, mu=0.95, direction="aurora", pp_iterations=2, pp_beta=0.5,
-        contra=0.4, uw_floor=0.35)
-    assert len(matrices["params"]) == 72
+    banks = train_gpt.make_banks(model, hp, Place(0, 1, meta))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert [tuple(bank.own.shape) for bank in banks] == [
+        (12, 3072, 768), (12, 768, 3072), (48, 768, 768), (50304 * 768,), (50304 * 768,),
+        (162_354_816 - 2 * 50304 * 768 - 12 * 12 * 768**2,)]
+    assert [bank.own.dtype for bank in banks] == [torch.float32] * 4 + [torch.bfloat16, torch.float32]
+    head, embed = list(banks[3].params), list(banks[4].params)
+    assert (head, embed) == (["head.weight"], ["embed.weight"])
+    for bank in banks[:3]:
+        (group,) = bank.optimizer.param_groups
+        assert {k: v for k, v in group.items() if k not in ("params", "lr")} == dict(
+            weight_decay=0.0, mu=0.95, direction="aurora", pp_iterations=2, pp_beta=0.5, contra=0.4, uw_floor=0.35)
+        assert bank.lr == 0.0375
+    for bank, lr in zip(banks[3:], (1 / 320, 0.3, 0.01)):
+        assert (bank.lr, *map(bank.group.get, ("betas", "eps", "weight_decay"))) == (lr, (0.8, 0.95), 1e-10, 0)
 
 
 def test_adamw_takes_the_matrices_too(small):
     """Kills: matrices left to no optimizer, the others' beta1, rate or decay on them, others without decay."""
     hp = override([*small, "direction=adamw", "matrix_lr=0.0015", "weight_decay=0.1", "mu=0.9",
                    "adam_weight_decay=0.001"])
-    (adamw,) = train_gpt.make_optimizers(GPT(hp), hp)
-    assert [(g["lr"], g["betas"], g["eps"], g["weight_decay"]) for g in adamw.param_groups] == [
-        *((lr, (0.8, 0.95), 1e-10, 0.001) for lr in (0.3, 1 / 320, 0.01)), (0.0015, (0.9, 0.95), 1e-10, 0.1)]
-    assert [p.ndim for p in adamw.param_groups[3]["params"]] == [2] * 12
+    banks = train_gpt.make_banks(GPT(hp), hp, Place(0, 1, CPU))
+    assert all(type(bank.optimizer) is torch.optim.AdamW for bank in banks)
+    assert [(bank.lr, *map(bank.group.get, ("betas", "eps", "weight_decay"))) for bank in banks] == [
+        *((0.0015, (0.9, 0.95), 1e-10, 0.1),) * 3,
+        *((lr, (0.8, 0.95), 1e-10, 0.001) for lr in (1 / 320, 0.3, 0.01))]
+    assert sum(bank.count for bank in banks[:3]) == 12
 
 
 def test_mlp_options():
@@ -102,32 +108,39 @@ def test_initialisation(small):
     """Kills: a projection or head that is not zero, a std of 1/sqrt(fan_in), a draw that differs between two calls,
     a gate that is not drawn like the other input of the MLP."""
     model = GPT(override([*small, "model_dim=128", "activation=swiglu"]))
-    initialise(model, seed=3)
-    first = {n: p.detach().clone() for n, p in model.named_parameters()}
-    initialise(model, seed=3)
-    for name, p in model.named_parameters():
-        assert torch.equal(first[name], p.detach())
+    values = initial_weights(model, seed=3)
+    again, other = initial_weights(model, seed=3), initial_weights(model, seed=4)
+    assert [(name, v.shape) for name, v in values.items()] == [(n, p.shape) for n, p in model.named_parameters()]
+    for name, v in values.items():
+        assert torch.equal(v, again[name]) and v.dtype == torch.float32
         if name.endswith("gains"):
-            assert (p == 1).all()
+            assert (v == 1).all()
         elif name.endswith("bias") or "proj" in name or "head" in name:
-            assert (p == 0).all()
+            assert (v == 0).all()
         else:
             std = 1 if name == "embed.weight" else (0.33 / 128) ** 0.5
-            assert p.float().std().item() == pytest.approx(std, rel=0.03)  # 16,384 draws: sd of .6%
-    initialise(model, seed=4)
-    assert not torch.equal(first["embed.weight"], model.embed.weight.detach())
+            assert v.std().item() == pytest.approx(std, rel=0.03)  # 16,384 draws: sd of .6%
+    assert not torch.equal(values["embed.weight"], other["embed.weight"])
+    # as the published program draws q, k and v: one after the other
+    generator = torch.Generator().manual_seed(3)
+    torch.randn(50304, 128, generator=generator)
+    q, k = (torch.randn(128, 128, generator=generator) * (0.33 / 128) ** 0.5 for _ in range(2))
+    assert torch.equal(values["blocks.0.attn.qkv.weight"][:256], torch.cat([q, k]))
+
+
+def filled(model: GPT, values: dict, dtype=torch.bfloat16) -> GPT:
+    for name, p in model.named_parameters():
+        p.data = values[name].to(dtype)
+    return model
 
 
 @pytest.fixture(params=["relu2", "swiglu"])
 def model(request, small):
     """Small, with every zero of the initialisation replaced: a zero head would hide what the rest does."""
     model = GPT(override([*small, f"activation={request.param}"]))
-    initialise(model, seed=0)
     generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.1 * torch.randn(p.shape, generator=generator)
-    return model
+    values = initial_weights(model, seed=0)
+    return filled(model, {name: v + 0.1 * torch.randn(v.shape, generator=generator) for name, v in values.items()})
 
 
 def test_the_future_does_not_reach_the_past(model):
@@ -143,7 +156,7 @@ def test_the_future_does_not_reach_the_past(model):
 def test_loss_at_initialisation(small):
     """Kills: a head that is not zero, a mean where a sum was meant. Zero logits give ln(50304) a token."""
     model = GPT(override(small))
-    initialise(model, seed=0)
+    filled(model, initial_weights(model, seed=0))
     inputs = torch.randint(400, (4, 32))
     assert model(inputs, inputs).item() / 128 == pytest.approx(math.log(50304), rel=1e-6)
 
@@ -173,7 +186,7 @@ def test_logits_are_those_of_a_model_written_in_float64(model):
         x = norm(P["embed.weight"][row], P["norm1.gains"])
         for i in range(2):
             y = norm(x, P[f"blocks.{i}.norm1.gains"])
-            q, k, v = (linear(y, f"blocks.{i}.attn.{c}") for c in "qkv")
+            q, k, v = linear(y, f"blocks.{i}.attn.qkv").split(32, dim=1)
             heads = []
             for h in (slice(0, 16), slice(16, 32)):
                 score = 0.12 * turn(norm(q[:, h])) @ turn(norm(k[:, h])).T
@@ -239,44 +252,45 @@ def test_batches_are_upstreams(tmp_path):
 
 
 def test_gradients_do_not_depend_on_the_micro_batch(model, small):
-    """Kills: a mean over micro-batches, an embedding gradient that is overwritten, lost, or summed in bf16.
+    """Kills: a mean over micro-batches, a gradient that is overwritten, lost, or summed in bf16.
 
-    A micro-batch's own gradient is rounded to bf16 (2^-9), so sums over other partitions differ by about that; the
-    embedding's must be exactly the fp32 sum of its micro-batches', rounded once.
+    A micro-batch's own gradient is rounded to bf16 (2^-9), so sums over other partitions differ by about that; one
+    partition's must be exactly the fp32 sum of its micro-batches'.
     """
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    inputs, targets = torch.randint(400, (2, 8, 32), generator=torch.Generator().manual_seed(5))
+    inputs, targets = batch = torch.randint(400, (2, 8, 32), generator=torch.Generator().manual_seed(5))
+    values = {name: p.detach().float() for name, p in model.named_parameters()}
     results = []
-    for micro_batch in (8, 3, 1):  # 3 does not divide 8: 2 is used
-        hp = override([*small, f"micro_batch={micro_batch}"])
-        loss = train_gpt.accumulate_gradients(model, inputs, targets, hp)
-        results.append((loss.item(), [p.grad.float() for p in model.parameters()]))
-        embed_gradient = model.embed.weight.grad
-        model.zero_grad()
+    with one_process():
+        for micro_batch in (8, 3, 1):  # 3 does not divide 8: 2 is used
+            hp = override([*small, f"micro_batch={micro_batch}"])
+            banks = train_gpt.make_banks(model, hp, Place(0, 1, CPU))
+            train_gpt.fill(banks, values)
+            loss = train_gpt.accumulate_gradients(model, banks, batch, hp)
+            results.append((loss.item(), {name: g for bank in banks
+                                          for name, g in zip(bank.params, bank.views(bank.gradients.clone()))}))
     parts = []
     for sequence in zip(inputs.split(1), targets.split(1)):  # the last micro_batch above
         model(*sequence).backward()
-        parts.append(model.embed.weight.grad.float())
+        parts.append({name: p.grad.float() for name, p in model.named_parameters()})
         model.zero_grad()
-    assert torch.equal(embed_gradient, sum(parts).bfloat16())
-    torch.distributed.destroy_process_group()
+    for name, gradient in results[-1][1].items():
+        assert torch.equal(gradient, sum(part[name] for part in parts))
     for loss, gradients in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-5)
-        for g, reference in zip(gradients, results[0][1]):
-            assert (g - reference).norm() < 0.02 * reference.norm()
+        for name, reference in results[0][1].items():
+            assert (gradients[name] - reference).norm() < 0.02 * reference.norm()
 
 
 def test_clock_counts_training_alone(monkeypatch):
     """Kills: validation counted as training, a lap that is counted twice or not at all."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     instants = iter([0, 5, 25, 26, 30])
     monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: next(instants)))
-    clock = train_gpt.Clock(Place(0, 1, CPU))
-    assert clock.read() == 5
-    clock.resume()  # at 25
-    assert clock.read() == 6
-    assert clock.read() == 10
-    torch.distributed.destroy_process_group()
+    with one_process():
+        clock = train_gpt.Clock(Place(0, 1, CPU))
+        assert clock.read() == 5
+        clock.resume()  # at 25
+        assert clock.read() == 6
+        assert clock.read() == 10
 
 
 def test_how_many_shards_of_fineweb_a_run_reads():
