@@ -384,12 +384,13 @@ class Aurora(torch.optim.Optimizer):
     a matrix that is optimized in their place: m = torch.nn.Parameter(conv.weight.detach().flatten(1)), and before
     each step m.grad = conv.weight.grad.flatten(1).
 
-    Needs, on the rank that owns a matrix, the sum of the ranks' gradients (all-reduced, say). Parameters of one shape
+    Needs, on the rank that owns a matrix, the sum of the ranks' gradients: all-reduce them. Parameters of one shape
     form a stack; each rank owns an equal run of the stack, keeps the state of those matrices alone, in fp32, updates
-    them in batched calls, and gathers the others' weights. A parameter (K, m, n) is a stack of matrices that this rank
-    updates whole, and sends to none: train_gpt.py shares its weights out by itself. The number of ranks changes no bit of the result on the CPU, and on GPUs nothing
-    but what a batched product may round differently for another size of stack. Gradients are not changed.
-    state_dict() is a collective: every rank calls it, each gets the whole, and any number of ranks can load it.
+    them in batched calls, and gathers the others' weights. The number of ranks changes no bit of the result on the
+    CPU, and on GPUs nothing but what a batched product may round differently for another size of stack. Gradients are
+    not changed. state_dict() is a collective: every rank calls it, each gets the whole, and any number of ranks can
+    load it. A parameter (K, m, n) is a stack that this rank updates whole and sends to nobody, for callers that share
+    the weights out themselves, as train_gpt.py's banks do; its state is this rank's own.
     """
 
     def __init__(self, params, lr: float = 0.0375, weight_decay: float = 0.0, mu: float = 0.95,
@@ -435,7 +436,7 @@ class Aurora(torch.optim.Optimizer):
         return loss
 
     def _matrices(self, p, group) -> list[dict[str, Tensor]]:
-        """Weight, gradient and state of p, or of each matrix of a stack p. State is in fp32 or better, and zero at first."""
+        """Weight, gradient and state of p, or of each matrix of a stack p; state in fp32 or better, at first zero."""
         direction, (*stack, m, n) = DIRECTIONS[group["direction"]], p.shape
         shapes = {"momentum": (m, n)}
         if direction.second_moment:

@@ -185,6 +185,24 @@ def test_stack_of_equal_shapes_is_updated_in_one_call(monkeypatch):
     assert sorted(calls) == [(1, *WIDE), (4, *SQUARE), (4, *TALL)]
 
 
+@pytest.mark.parametrize("direction", ["aurora", "normuon_lite"])
+def test_a_stack_is_its_matrices(direction):
+    """Kills: a norm or a second moment over a whole stack, state of one matrix given to the next, a stack that moves
+    where it has no gradient."""
+    for shape in (TALL, WIDE):
+        stack, *alone = (torch.nn.Parameter(x) for x in (draw(3, *shape), *draw(3, *shape)))
+        idle = torch.nn.Parameter(draw(3, *shape))
+        optimizers = [Aurora([stack, idle], direction=direction), Aurora(alone, direction=direction)]
+        for step in range(3):
+            stack.grad = draw(3, *shape, seed=step + 1)
+            for p, g in zip(alone, stack.grad):
+                p.grad = g.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        assert torch.equal(stack.detach(), torch.stack([p.detach() for p in alone]))
+        assert torch.equal(idle.detach(), draw(3, *shape))
+
+
 # World sizes
 
 def make(direction: str, dtype=torch.float32) -> Aurora:

@@ -1,4 +1,4 @@
-"""Banks: what the trainer does to parameters is the same for every number of ranks, and holds nothing from a CUDA graph."""
+"""Banks: an update is the same for every number of ranks, and can be held by a CUDA graph."""
 
 import contextlib
 
