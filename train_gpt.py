@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import partial
@@ -478,6 +479,8 @@ def make_banks(model: GPT, hp: Hyperparameters, place: Place) -> list[Bank]:
             matrices.setdefault(unit, {})[name] = p
     vectors = {name: p for name, p in model.named_parameters() if p.ndim == 1}
     cuda = place.device.type == "cuda"
+    # of AdamW, whose first step is in no CUDA graph
+    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
     adamw = partial(torch.optim.AdamW, betas=(hp.adam_beta1, hp.adam_beta2), eps=hp.adam_eps,
                     weight_decay=hp.adam_weight_decay, fused=True, capturable=cuda)
     if hp.direction == "adamw":
