@@ -30,6 +30,8 @@ from triton.runtime.jit import JITFunction
 
 import train_gpt
 from aurora import SIMPLE_QUINTIC_12
+from kernels.cross_entropy import losses_of_rows, to_gradient_
+from kernels.mlp import activation_gradient, up_projection
 from kernels.newton_schulz import newton_schulz_fused
 
 RESULT = Path(__file__).parent / "results" / "compile.md"
@@ -44,6 +46,16 @@ def newton_schulz_triton(X: torch.Tensor):
     return lambda capability: newton_schulz_fused(X, SIMPLE_QUINTIC_12[:2], ("Triton",) * 3)
 
 
+def head(logits: torch.Tensor):
+    targets = torch.empty(len(logits), dtype=torch.int64, device="meta")
+    return lambda capability: to_gradient_(logits, targets, losses_of_rows(logits, targets)[1])
+
+
+def mlp(x: torch.Tensor, fc_weight: torch.Tensor, fc_bias: torch.Tensor, proj_weight: torch.Tensor):
+    return lambda capability: activation_gradient(
+        x, proj_weight, up_projection(x, fc_weight, fc_bias, capability), capability)
+
+
 def bf16(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
@@ -51,6 +63,8 @@ def bf16(*shape: int) -> torch.Tensor:
 LAUNCHES = {
     "Newton-Schulz, wide": newton_schulz_triton(bf16(24, 768, 3072)),
     "Newton-Schulz, tall": newton_schulz_triton(bf16(24, 3072, 768).mT),
+    "head": head(bf16(65536, 50304)),
+    "MLP": mlp(bf16(65536, 768), bf16(3072, 768), bf16(3072), bf16(768, 3072)),
 }
 
 

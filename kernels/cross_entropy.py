@@ -81,7 +81,7 @@ def _softcapped(x, CAP: tl.constexpr):
 
 
 @triton.jit
-def _loss_kernel(logits, targets, losses, totals, stride, V, CAP: tl.constexpr, BLOCK: tl.constexpr):
+def loss_kernel(logits, targets, losses, totals, stride, V, CAP: tl.constexpr, BLOCK: tl.constexpr):
     """One row a program: its loss, and the total of exp(z): |z| < 15 cannot overflow, so no maximum is taken."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride  # 65,536 rows are 3.3e9 logits
@@ -97,7 +97,7 @@ def _loss_kernel(logits, targets, losses, totals, stride, V, CAP: tl.constexpr, 
 
 
 @triton.jit
-def _gradient_kernel(logits, targets, totals, column_sums, stride, T, V, CAP: tl.constexpr,
+def gradient_kernel(logits, targets, totals, column_sums, stride, T, V, CAP: tl.constexpr,
                      ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr):
     """ROWS rows of BLOCK_V columns a program: the gradient in place of the logits, and its column sums.
 
@@ -128,7 +128,7 @@ def losses_of_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """losses (T,) in nats and totals (T,) of exp(z), fp32, of logits (T, V) whose rows are contiguous."""
     T, V = logits.shape
     losses, totals = torch.empty(2, T, dtype=torch.float32, device=logits.device)
-    _loss_kernel[(T,)](logits, targets, losses, totals, logits.stride(0), V, SOFTCAP, BLOCK=4096, num_warps=8)
+    loss_kernel[(T,)](logits, targets, losses, totals, logits.stride(0), V, SOFTCAP, BLOCK=4096, num_warps=8)
     return losses, totals
 
 
@@ -137,7 +137,7 @@ def to_gradient_(logits: Tensor, targets: Tensor, totals: Tensor) -> Tensor:
     T, V = logits.shape
     rows, block = 1024, 512
     sums = torch.empty(triton.cdiv(T, rows), V, dtype=torch.float32, device=logits.device)
-    _gradient_kernel[(triton.cdiv(V, block), len(sums))](logits, targets, totals, sums, logits.stride(0), T, V,
+    gradient_kernel[(triton.cdiv(V, block), len(sums))](logits, targets, totals, sums, logits.stride(0), T, V,
                                                          SOFTCAP, rows, BLOCK_T=8, BLOCK_V=block, num_warps=8)
     return sums.sum(0)
 

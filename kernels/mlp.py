@@ -49,7 +49,7 @@ def _tile_corner(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _up_kernel(x, weight, bias, post, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
+def up_projection_kernel(x, weight, bias, post, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """post (M, N) = relu(x weight^T + bias)^2, rounded where the reference rounds: after the bias and the square."""
     m, n = _tile_corner(M, N, BLOCK_M, BLOCK_N)
@@ -63,7 +63,7 @@ def _up_kernel(x, weight, bias, post, M, N, K, stride_xm, stride_xk, stride_wn, 
 
 
 @triton.jit
-def _dpre_kernel(dy, weight, post, dpre, column_sums, M, N, K, stride_ym, stride_yk, stride_wk, stride_wn,
+def dpre_kernel(dy, weight, post, dpre, column_sums, M, N, K, stride_ym, stride_yk, stride_wk, stride_wn,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """dpre (M, N) = dy weight * 2 sqrt(post), and the column sums of each row of tiles, (cdiv(M, BLOCK_M), N) fp32."""
     m, n = _tile_corner(M, N, BLOCK_M, BLOCK_N)
@@ -92,21 +92,38 @@ def mlp_tiles(capability: tuple[int, int], itemsize: int) -> dict[str, int]:
     return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=128 // itemsize, num_warps=8, num_stages=4)
 
 
-def _tiles_for(x: Tensor) -> dict[str, int]:
-    # the interpreter, on CPU tensors, takes the H100's
-    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
-    return mlp_tiles(capability, x.element_size())
-
-
-@torch.library.custom_op("kernels::relu2_up", mutates_args=())
-def relu2_up(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def up_projection(x: Tensor, weight: Tensor, bias: Tensor, capability: tuple[int, int]) -> Tensor:
     """post (M, N) = relu(x weight^T + bias)^2 of x (M, K), weight (N, K), bias (N)."""
     (M, K), N = x.shape, len(weight)
     post = x.new_empty(M, N)
-    tiles = _tiles_for(x)
+    tiles = mlp_tiles(capability, x.element_size())
     grid = (triton.cdiv(M, tiles["BLOCK_M"]) * triton.cdiv(N, tiles["BLOCK_N"]),)
-    _up_kernel[grid](x, weight, bias, post, M, N, K, *x.stride(), *weight.stride(), **tiles)
+    up_projection_kernel[grid](x, weight, bias, post, M, N, K, *x.stride(), *weight.stride(), **tiles)
     return post
+
+
+def activation_gradient(dy: Tensor, weight: Tensor, post: Tensor, capability: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """dpre (M, N) = dy weight * 2 sqrt(post) of dy (M, K), weight (K, N), post (M, N), contiguous; and dpre's column
+    sums (N), added in fp32 in a fixed order, in its dtype."""
+    (M, K), N = dy.shape, weight.size(1)
+    dpre = dy.new_empty(M, N)
+    tiles = mlp_tiles(capability, dy.element_size())
+    rows = triton.cdiv(M, tiles["BLOCK_M"])
+    sums = dy.new_empty(rows, N, dtype=torch.float32)
+    dpre_kernel[(rows * triton.cdiv(N, tiles["BLOCK_N"]),)](dy, weight, post, dpre, sums, M, N, K,
+                                                          *dy.stride(), *weight.stride(), **tiles)
+    return dpre, sums.sum(0).type_as(dpre)
+
+
+def _capability(x: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)  # in the interpreter, an H100's
+
+
+# Opaque operators: the compiled model is one graph around them.
+
+@torch.library.custom_op("kernels::relu2_up", mutates_args=())
+def relu2_up(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return up_projection(x, weight, bias, _capability(x))
 
 
 @relu2_up.register_fake
@@ -116,16 +133,7 @@ def _relu2_up_shape(x, weight, bias):
 
 @torch.library.custom_op("kernels::relu2_dpre", mutates_args=())
 def relu2_dpre(dy: Tensor, weight: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
-    """dpre (M, N) = dy weight * 2 sqrt(post) of dy (M, K), weight (K, N), post (M, N), and dpre's column sums (N),
-    added in fp32 in a fixed order, in its dtype."""
-    (M, K), N = dy.shape, weight.size(1)
-    dpre = dy.new_empty(M, N)
-    tiles = _tiles_for(dy)
-    rows = triton.cdiv(M, tiles["BLOCK_M"])
-    sums = dy.new_empty(rows, N, dtype=torch.float32)
-    _dpre_kernel[(rows * triton.cdiv(N, tiles["BLOCK_N"]),)](dy, weight, post, dpre, sums, M, N, K,
-                                                           *dy.stride(), *weight.stride(), **tiles)
-    return dpre, sums.sum(0).type_as(dpre)
+    return activation_gradient(dy, weight, post, _capability(dy))
 
 
 @relu2_dpre.register_fake
