@@ -68,10 +68,10 @@ def softcapped_cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
     return _RowBlocks.apply(logits, targets)
 
 
-# The kernels. Two visits to the logits: one for each row's sum of exponentials, one that writes the gradient and sums its
-# columns. They read, read and write 6.6 GB per 65,536 tokens: 19.8 GB. One kernel that visits a row twice while the
-# L2 cache holds it moves 13.2 GB, but the bias's gradient is then a third visit, so also 19.8: a program that owns
-# whole rows has no registers for 50,304 column sums.
+# The kernels. Two visits to the logits: one for each row's sum of exponentials, one that writes the gradient and sums
+# its columns. They read, read and write 6.6 GB per 65,536 tokens: 19.8 GB. One kernel that visits a row twice while the
+# L2 cache holds it moves 13.2 GB, but a program that owns whole rows has no registers for 50,304 column sums: the
+# bias's gradient is then one more visit, so also 19.8, and 13.2 only where the cache does hold the rows.
 
 @triton.jit
 def _softcapped(x, CAP: tl.constexpr):
@@ -98,16 +98,17 @@ def loss_kernel(logits, targets, losses, totals, stride, V, CAP: tl.constexpr, B
 
 @triton.jit
 def gradient_kernel(logits, targets, totals, column_sums, stride, T, V, CAP: tl.constexpr,
-                     ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr):
-    """ROWS rows of BLOCK_V columns a program: the gradient in place of the logits, and its column sums.
+                    GROUP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr):
+    """GROUP rows of BLOCK_V columns a program: the gradient in place of the logits, and its column sums.
 
-    column_sums (cdiv(T, ROWS), V) fp32 are sums of the rounded gradient, as a sum over the stored tensor would be.
+    column_sums (cdiv(T, GROUP), V) fp32 are sums of the rounded gradient, as a sum over the stored tensor would be.
     """
     columns = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    first = tl.program_id(1) * ROWS
+    first = tl.program_id(1) * GROUP
     logits += first.to(tl.int64) * stride
     sums = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
-    for start in tl.range(0, min(ROWS, T - first), BLOCK_T, num_stages=3):  # loads run ahead of the stores before them
+    # num_stages: the loads of later rows run ahead of the stores to earlier ones
+    for start in tl.range(0, min(GROUP, T - first), BLOCK_T, num_stages=3):
         rows = start + tl.arange(0, BLOCK_T)
         mask = (first + rows < T)[:, None] & (columns < V)[None, :]
         target = tl.load(targets + first + rows, mask=first + rows < T, other=0)
@@ -135,15 +136,15 @@ def losses_of_rows(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def to_gradient_(logits: Tensor, targets: Tensor, totals: Tensor) -> Tensor:
     """Overwrite logits (T, V) with the gradient of their summed loss; its column sums (V,), fp32, in a fixed order."""
     T, V = logits.shape
-    rows, block = 1024, 512
-    sums = torch.empty(triton.cdiv(T, rows), V, dtype=torch.float32, device=logits.device)
+    group, block = 1024, 512
+    sums = torch.empty(triton.cdiv(T, group), V, dtype=torch.float32, device=logits.device)
     gradient_kernel[(triton.cdiv(V, block), len(sums))](logits, targets, totals, sums, logits.stride(0), T, V,
-                                                         SOFTCAP, rows, BLOCK_T=8, BLOCK_V=block, num_warps=8)
+                                                        SOFTCAP, group, BLOCK_T=8, BLOCK_V=block, num_warps=8)
     return sums.sum(0)
 
 
 def _fp32_product(A: Tensor, B: Tensor) -> Tensor:
-    """A B in fp32. cuBLAS rounds no sum on the way there; the CPU, where kernels are interpreted, has no such product."""
+    """A B, summed and left in fp32. Where kernels are interpreted, on the CPU, mm has no out_dtype."""
     return torch.mm(A, B, out_dtype=torch.float32) if A.is_cuda else A.float() @ B.float()
 
 

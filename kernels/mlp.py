@@ -18,7 +18,8 @@ from torch import Tensor
 from kernels.bf16 import linear, runs_kernels
 
 
-def relu2_mlp_reference(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor) -> Tensor:
+def relu2_mlp_reference(x: Tensor, fc_weight: Tensor, fc_bias: Tensor,
+                        proj_weight: Tensor, proj_bias: Tensor) -> Tensor:
     return linear(linear(x, fc_weight, fc_bias).relu().square(), proj_weight, proj_bias)
 
 
@@ -50,7 +51,7 @@ def _tile_corner(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def up_projection_kernel(x, weight, bias, post, M, N, K, stride_xm, stride_xk, stride_wn, stride_wk,
-               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """post (M, N) = relu(x weight^T + bias)^2, rounded where the reference rounds: after the bias and the square."""
     m, n = _tile_corner(M, N, BLOCK_M, BLOCK_N)
     pre = _tile_product(x, weight, m, n, M, N, K, stride_xm, stride_xk, stride_wk, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K)
@@ -64,7 +65,7 @@ def up_projection_kernel(x, weight, bias, post, M, N, K, stride_xm, stride_xk, s
 
 @triton.jit
 def dpre_kernel(dy, weight, post, dpre, column_sums, M, N, K, stride_ym, stride_yk, stride_wk, stride_wn,
-                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """dpre (M, N) = dy weight * 2 sqrt(post), and the column sums of each row of tiles, (cdiv(M, BLOCK_M), N) fp32."""
     m, n = _tile_corner(M, N, BLOCK_M, BLOCK_N)
     dpost = _tile_product(dy, weight, m, n, M, N, K, stride_ym, stride_yk, stride_wk, stride_wn,
