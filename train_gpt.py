@@ -45,7 +45,9 @@ from tqdm import tqdm
 from aurora import DIRECTIONS, Aurora, all_gather, check_direction, leverage_scores
 from checkpoint import read_checkpoint, write_checkpoint
 from kernels.bf16 import linear
-from kernels.cross_entropy import softcapped_cross_entropy_
+from kernels.cross_entropy import cross_entropy_path, head_loss
+from kernels.mlp import mlp_path, relu2_mlp
+from kernels.newton_schulz import newton_schulz_path
 
 HERE = Path(__file__).resolve().parent
 
@@ -302,7 +304,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
-            return self.proj(self.fc(x).relu().square())
+            return relu2_mlp(x, self.fc.weight, self.fc.bias, self.proj.weight, self.proj.bias)
         return self.proj(F.silu(self.gate(x)) * self.fc(x))
 
 
@@ -327,17 +329,18 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(hp) for _ in range(hp.num_layers))
         self.head = Linear(hp.model_dim, hp.vocab_size)
 
-    def logits(self, inputs: Tensor) -> Tensor:
-        """(B, T) token ids -> (B, T, V) in bf16, before the softcap."""
+    def activations(self, inputs: Tensor) -> Tensor:
+        """(B, T) token ids -> (B, T, D) in bf16, which the head reads."""
         x = self.norm1(self.embed(inputs))
         rotary = self.rotary(inputs.size(1))
         for block in self.blocks:
             x = block(x, rotary)
-        return self.head(self.norm2(x))
+        return self.norm2(x)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy in nats, summed over the tokens: sums of micro-batches and ranks are sums of the batch."""
-        return softcapped_cross_entropy_(self.logits(inputs).flatten(0, 1), targets.flatten())
+        x = self.activations(inputs).flatten(0, 1)
+        return head_loss(x, self.head.weight, self.head.bias, targets.flatten())
 
 
 ########################################
@@ -593,7 +596,9 @@ def facts(hp: Hyperparameters, place: Place, shards: dict[str, int], source: str
         lines.append(f"triton: {triton.__version__}")
     else:
         lines.append(f"threads: {torch.get_num_threads()}")
-    lines.append(f"attention: {place.attention}")
+    lines += [f"attention: {place.attention}", f"newton_schulz: {newton_schulz_path(place.device)}",
+              f"mlp: {mlp_path(place.device) if hp.activation == 'relu2' else 'plain PyTorch'}",
+              f"cross_entropy: {cross_entropy_path(place.device)}"]
     dirty = output_of("git", "-C", str(HERE), "status", "--porcelain", "--untracked-files=no")
     lines += [f"commit: {output_of('git', '-C', str(HERE), 'rev-parse', 'HEAD') or 'none'}{' (dirty)' * bool(dirty)}",
               f"source_sha256: {hashlib.sha256(source.encode()).hexdigest()}",

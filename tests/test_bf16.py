@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import bf16
+from kernels.cross_entropy import head_loss
+from kernels.mlp import relu2_mlp
 from kernels.newton_schulz import newton_schulz
 
 
@@ -41,3 +44,26 @@ def test_newton_schulz_rounds_alike(cpu):
     ours = newton_schulz(X, [(2.0, -1.5, 0.5)] * 2)
     assert ours.dtype == torch.bfloat16
     assert (ours.double() == exact).double().mean() > 0.95
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of the matrices that are multiplied in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "mm" in function.__name__:
+            self.dtypes += [t.dtype for t in args if t.ndim == 2]
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_mlp_and_the_head_take_the_detour(cpu):
+    """Kills: a product of theirs, forward or backward, that goes past `linear` to PyTorch's loops."""
+    x, W, b, V, c = (torch.ones(shape, dtype=torch.bfloat16, requires_grad=True)
+                     for shape in ((5, 8), (16, 8), (16,), (8, 16), (8,)))
+    with Products() as products:
+        head_loss(relu2_mlp(x, W, b, V, c), W, b, torch.arange(5)).backward()
+    used = torch.bfloat16 if bf16.CPU_MULTIPLIES_BF16 else torch.float32
+    assert products.dtypes == [used] * 18  # three products each, and the gradients of their two operands
