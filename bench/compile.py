@@ -126,8 +126,8 @@ def main():
              f"torch {torch.__version__}, Python {platform.python_version()}, commit {commit}. Compiled, not run. "
              "Registers and spilled bytes are a thread's; shared memory is a block's, limit the most that the card "
              "gives a block.", "",
-             "| launch | kernel | dtype | card | constants | warps | stages | registers | spilled | shared KB | limit | "
-             "matrix unit |",
+             "| launch | kernel | dtype | card | constants | warps | stages | registers | spilled | shared KB | limit "
+             "| matrix unit |",
              "|---|---|---|---|---|---:|---:|---:|---:|---:|---:|---|"]
     table += [f"| {r.launch} | {r.kernel} | {r.dtype} | sm_{r.card} | {r.constants} | {r.warps} | {r.stages} | "
               f"{r.registers} | {r.spilled} | {r.shared / 1024:.0f} | {r.limit // 1024} | {r.unit} |" for r in rows]

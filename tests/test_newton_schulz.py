@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DEVICE, MATMUL_DTYPES, needs_gpu
+from conftest import DEVICE, MATMUL_DTYPES, needs_gpu, needs_interpreter
 
 import aurora
 from aurora import polar
@@ -49,9 +49,8 @@ def scalar_map(s: torch.Tensor, name: str) -> torch.Tensor:
 
 
 TRITON = ("Triton",) * 3
-IMPLEMENTATIONS = [newton_schulz, pytest.param(
-    partial(newton_schulz_fused, choice=TRITON), id="Triton",
-    marks=pytest.mark.skipif(DEVICE.type == "cuda", reason="fp32 is multiplied in the interpreter alone"))]
+IMPLEMENTATIONS = [newton_schulz, pytest.param(partial(newton_schulz_fused, choice=TRITON), id="Triton",
+                                               marks=needs_interpreter)]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
