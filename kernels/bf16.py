@@ -1,7 +1,8 @@
-"""Products of bf16 matrices on CPUs that cannot multiply them.
+"""Which hardware multiplies bf16 matrices, and how.
 
-Without AVX-512 PyTorch falls back to loops that are five to fifty times as slow as an fp32 product. So there the fp32
-product of the same bf16 numbers is taken and rounded: the same sums and the same rounding, in fp32's time.
+GPUs of compute capability 8.0 and later do, and run the kernels beside this file. On CPUs without AVX-512 PyTorch
+falls back to loops that are five to fifty times as slow as an fp32 product. So there the fp32 product of the same
+bf16 numbers is taken and rounded: the same sums and the same rounding, in fp32's time.
 """
 
 import torch
@@ -10,6 +11,12 @@ from torch import Tensor
 
 # what PyTorch itself asks before it hands a bf16 product to oneDNN
 CPU_MULTIPLIES_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@torch.compiler.assume_constant_result
+def runs_kernels(device: torch.device) -> bool:
+    """Whether tensors there go to the Triton kernels. There is no other path on such a GPU: a kernel runs or raises."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def needs_fp32(x: Tensor) -> bool:

@@ -1,4 +1,9 @@
-"""A small corpus and a small run, shared by the tests of the trainer."""
+"""A small corpus and a small run, shared by the tests of the trainer; and where kernels run.
+
+Triton decides when it is imported whether kernels are compiled or interpreted: with a GPU the tests run them there,
+without one on CPU tensors in the interpreter. Tests of kernels put their tensors on DEVICE; those of kernels that
+multiply matrices take their dtypes from MATMUL_DTYPES.
+"""
 
 import os
 import subprocess
@@ -7,6 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+needs_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+# the interpreter multiplies bf16 as if its bits were integers; on a GPU fp32 is cuBLAS's
+MATMUL_DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=needs_gpu),
+                 pytest.param(torch.float32, marks=pytest.mark.skipif(DEVICE.type == "cuda", reason="interpreter only"))]
 
 ROOT = Path(__file__).resolve().parent.parent
 EOT = 50256
@@ -54,7 +68,8 @@ def quick(tmp_path_factory) -> list[str]:
 def start(words: list[str], folder: Path, script: Path = ROOT / "train_gpt.py", processes: int = 0, **environment):
     """Run the trainer in a folder: alone, or as a number of processes under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("TORCH", "RANK", "WORLD", "LOCAL_", "MASTER"))}
+    unwanted = "TORCH", "TRITON", "RANK", "WORLD", "LOCAL_", "MASTER"
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(unwanted)}
     # on the CPU also where there is a GPU: the same bits are asked for, and more processes than it may have GPUs
     settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
     return subprocess.run([sys.executable, *launcher, str(script), *words], cwd=folder, text=True, capture_output=True,
