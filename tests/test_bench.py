@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import train_gpt
-from bench import roofline
+from bench import kernels, roofline
 from kernels.cross_entropy import softcapped_cross_entropy_reference
 
 RECORD = train_gpt.Hyperparameters()
@@ -154,3 +155,92 @@ def test_markdown():
     """Kills: a column that is not aligned as its kind, a bar in a head that breaks the table."""
     assert bench.markdown([{"a|b": "x", "n": 1.23456}, {"a|b": "y", "n": 20000}]) == (
         "| a\\|b | n |\n| --- | ---: |\n| x | 1.235 |\n| y | 20000 |")
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """bench.kernels as a GPU would run it, at the sizes of a CPU: the kernels interpreted, in fp16, events that tell 1,
+    2, 3 ... ms, nothing compiled."""
+    event = iter(range(1, 10**6))
+    sizes = kernels.stacks()[:1]
+    monkeypatch.setattr(kernels, "stacks", lambda: sizes)
+    for name, value in dict(GPU=True, ROUNDS=3, WARM_UP=1, compiled=lambda f: f, launches=lambda call: 7,
+                            clocks=lambda: "1 MHz", peer=lambda package, module: None).items():
+        monkeypatch.setattr(kernels, name, value)
+    stack = kernels.stack
+    monkeypatch.setattr(kernels, "stack", lambda K, M, N: stack(K, M, N).half())
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: SimpleNamespace(
+        record=lambda: None, elapsed_time=lambda end: float(next(event))))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+
+
+def test_only_the_call_is_timed(as_on_a_gpu, monkeypatch):
+    """Kills: a pause or a warm-up call within what is timed, one path's time under another's name."""
+    clock = 0
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    def spend(ms):
+        nonlocal clock
+        clock += ms
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: spend(1000))
+    calls, spent = [], {"a": iter([50, 1, 3, 2]), "b": iter([60, 10, 30, 20])}  # the first warms up
+    work = {name: lambda name=name: (calls.append(name), spend(next(spent[name]))) for name in spent}
+    assert kernels.timed(work) == {"a": [1, 2, 3], "b": [10, 20, 30]}
+    assert "".join(calls) == "ab" * 4
+
+
+@pytest.mark.skipif(kernels.GPU, reason="stands in for one")
+def test_lines_as_on_a_gpu(as_on_a_gpu, tmp_path):
+    """Kills: a Triton product called with the wrong operands or arguments, a path that is left out, the wrong winner."""
+    kernels.main(["lines", "-o", str(tmp_path)])
+    text = (tmp_path / "kernels.md").read_text()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    found = [dict(zip(table[0], cells)) for cells in table[2:]]
+    assert [(row["kernel"], row["path"]) for row in found] == [
+        (line, path) for line in ("X X^T", "a X + B X", "b A + c A A")
+        for path in ("torch.compile", "Triton", "cuBLAS")]
+    # three rounds of three paths each: 1 to 3 ms are torch.compile's, 4 to 6 Triton's, 7 to 9 cuBLAS's, and so on
+    assert [float(row["GPU, ms"]) for row in found] == [2 + 3 * i for i in range(9)]
+    assert all(row["CPU, ms"] == "not measured" and row["launches"] == "7" for row in found)
+    assert all(float(row["of the reference's"]) <= 2 and 0 < float(row["error"]) < 1e-3 for row in found)
+    # so small that the launch is what it costs
+    assert all(float(row["budget, ms"]) == 1000 * roofline.LAUNCH["fused"] for row in found)
+    assert "X X^T: Triton by 1.60 at 6x64x64" in text and "a X + B X: Triton by 1.21" in text
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    """Kills: a check that cannot fail: here a product that is 1% too long, in one output of two."""
+    exact = torch.randn(8, 8, dtype=torch.float64)
+    contest = kernels.Contest("X", "8", lambda small: (exact.float().bfloat16(),), lambda x: (exact, exact),
+                              lambda x: (x, x), {"ours": lambda x: (x, (1.01 * x.float()).bfloat16())}, [])
+    with pytest.raises(ValueError, match="X 8, ours: off by"):
+        kernels.errors(contest)
+    assert kernels.errors(contest._replace(paths={"ours": lambda x: (x, x), "Triton": None}))["ours"][1] == 1
+
+
+def test_kernels_on_a_cpu(tmp_path, monkeypatch):
+    """Kills: a program that does not run without a GPU, or that names a time there which nothing measured."""
+    for name, value in dict(ROUNDS=2, WARM_UP=1, compiled=lambda f: f).items():
+        monkeypatch.setattr(kernels, name, value)
+    kernels.main(["newton-schulz", "head", "mlp", "-o", str(tmp_path)])
+    text = (tmp_path / "kernels.md").read_text()
+    measured = "CPU, ms" if not kernels.GPU else "GPU, ms"
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    for row in (dict(zip(table[0], cells)) for cells in table[2:]):
+        assert float(row[measured]) > 0 and float(row["of the reference's"]) <= 2
+        assert {row["CPU, ms"], row["GPU, ms"]} == {row[measured], "not measured"}
+        assert (float(row["of the logits"]) > 1) if row["kernel"].startswith("head") else row["of the logits"] == ""
+    with pytest.raises(ValueError, match="'heads' is not one of lines, newton-schulz, head, mlp"):
+        kernels.main(["heads"])
