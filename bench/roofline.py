@@ -55,10 +55,11 @@ LAUNCH = {"fused": 2e-6, "published": 5e-6}  # seconds a kernel of the optimizer
 MODEL_LAUNCH = 5e-6  # seconds a kernel of the model, which no graph replays; assumed
 # NCCL's model of a ring (github.com/NVIDIA/nccl, src/graph/tuning.cc, 01afd20a): microseconds of a collective, of a hop
 # over NVLink, of a hop over the network; share of the bus bandwidth. It takes the fastest of LL, LL128 and Simple.
+# Left out: where it switches LL128 off, LL's slower hops with several nodes, trees and NVLink SHARP of an all-reduce.
 PROTOCOLS = ((3.6, 0.47, 2.7, 1 / 4), (10.0, 1.9, 4.0, 0.92), (8.4, 3.4, 9.6, 1.0))
 
-# Of an update, beside Newton-Schulz: fp32 passes over a matrix, and kernels. Counted in the published scripts' and in
-# aurora.py's operations, to about a fifth; contra's power iteration is 11 of the passes.
+# Of an update, beside Newton-Schulz: fp32 passes over a matrix, and kernels. Assumed: estimated from the formulas, not
+# counted in a trace; contra's power iteration is 11 of the passes.
 TAIL = {("published", "muon"): (12, 8), ("published", "normuon"): (20, 16), ("published", "aurora"): (45, 70),
         ("fused", "muon"): (14, 12), ("fused", "normuon"): (22, 20), ("fused", "aurora"): (48, 70)}
 
