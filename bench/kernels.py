@@ -15,6 +15,7 @@ beyond the inputs, by the allocator; the bytes that a kernel really moves are Ns
 """
 
 import importlib.util
+import os
 import statistics
 import sys
 import time
@@ -261,9 +262,9 @@ def launches(call: Callable) -> int | str:
 
 
 def clocks() -> str:
-    """Of the GPU while it works through a queue."""
+    """Of the GPU while it works through a queue; of a CPU how busy it was, with others' work too."""
     if not GPU:
-        return "No GPU"
+        return f"No GPU; load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     X = stack(24, 768, 3072)
     for _ in range(2000):
         torch.bmm(X, X.mT)
