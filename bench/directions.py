@@ -1,17 +1,15 @@
 """Time and memory of an optimizer step over the 72 matrices of GPT-2 small, for some directions.
 
-    python -m bench.directions [DIRECTION ...] [NAME=VALUE ...]      default: muon aurora
+    python -m bench.directions [DIRECTION ...] [NAME=VALUE ...] [-o FOLDER]      default: muon aurora
 
 NAME=VALUE overrides Hyperparameters, such as model_dim=256. `one matrix at a time` is result #17 as its script
 writes it (bench/optimizer.py); aurora is checked against it first. All step in turn in one process, on equal
-gradients, so that a drift of the machine's speed meets all. The table goes to bench/results/directions.md too.
+gradients, so that a drift of the machine's speed meets all.
 """
 
-import platform
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -19,10 +17,10 @@ from tqdm import tqdm
 
 import train_gpt
 from aurora import Aurora, stacks
+from bench import markdown, parse, publish
 from bench.optimizer import OneByOne, compare
 
 ROUNDS = 2  # of minutes each on two cores
-RESULT = Path(__file__).parent / "results" / "directions.md"
 
 
 def matrices(hp: train_gpt.Hyperparameters, device: torch.device) -> list[torch.nn.Parameter]:
@@ -58,6 +56,7 @@ def measure(work, device: torch.device) -> tuple[float, int]:
 
 
 def main(words: list[str]):
+    words, out = parse("directions", __doc__, words)
     names = [word for word in words if "=" not in word] or ["muon", "aurora"]
     hp = train_gpt.override([word for word in words if "=" in word])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -76,27 +75,17 @@ def main(words: list[str]):
                 times[name].append(seconds)
                 memory[name] = most / largest  # of the last round: the first allocates the state
                 bar.update()
-    report(words, {name: statistics.mean(t) for name, t in times.items()}, memory,
-           f"{len(params)} matrices", difference, device)
-
-
-def report(words, times, memory, what, difference, device):
-    commit = train_gpt.output_of("git", "describe", "--always", "--dirty")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else train_gpt.processor()
-    one, aurora = times["one matrix at a time"], times.get("aurora")
-    table = [f"# python -m bench.directions {' '.join(words)}".rstrip(), "",
-             f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-             f"Python {platform.python_version()}, commit {commit}; {what}, means of {ROUNDS} steps, in turn in one "
-             f"process. On one block aurora and one matrix at a time differ by {100 * difference:.1f}% of an update at "
-             "most (bf16). Memory: the most that a step holds at once beyond weights, gradients and state, in fp32 "
-             "copies of the largest stack.", "",
-             "| direction | s a step | of the first | memory |", "|---|---:|---:|---:|"]
-    first = next(iter(times.values()))
-    table += [f"| {name} | {t:.2f} | {t / first:.2f} | {memory[name]:.1f} |" for name, t in times.items()]
-    if aurora:
-        table += ["", f"aurora is {one / aurora:.2f} times as fast as one matrix at a time."]
-    RESULT.write_text("\n".join(table) + "\n")
-    print("\n".join(table))
+    seconds = {name: statistics.mean(t) for name, t in times.items()}
+    first = next(iter(seconds.values()))
+    parts = [f"{len(params)} matrices, means of {ROUNDS} steps, in turn in one process. On one block aurora and one "
+             f"matrix at a time differ by {100 * difference:.1f}% of an update at most (bf16). Memory: the most that a "
+             "step holds at once beyond weights, gradients and state, in fp32 copies of the largest stack.",
+             markdown([{"direction": name, "s a step": t, "of the first": t / first, "memory": memory[name]}
+                       for name, t in seconds.items()])]
+    if "aurora" in seconds:
+        faster = seconds["one matrix at a time"] / seconds["aurora"]
+        parts.append(f"aurora is {faster:.2f} times as fast as one matrix at a time.")
+    publish("directions", words, out, *parts)
 
 
 if __name__ == "__main__":

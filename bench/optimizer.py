@@ -1,24 +1,22 @@
 """Time of a training step with aurora.py and with the optimizer as the published script writes it.
 
-    python -m bench.optimizer [@RECIPE] [NAME=VALUE ...]      default: @tiny
+    python -m bench.optimizer [@RECIPE] [NAME=VALUE ...] [-o FOLDER]      default: @tiny
 
 Both optimizers step in turn on the same model and gradients, in one process, so that a drift of the machine's speed
-meets both. Prints a table and writes it to bench/results/optimizer.md.
+meets both.
 """
 
-import platform
 import statistics
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import train_gpt
+from bench import markdown, parse, publish
 
 STEPS, WARM_UP = 30, 3
-RESULT = Path(__file__).parent / "results" / "optimizer.md"
 
 
 def newton_schulz(G):
@@ -75,6 +73,7 @@ class OneByOne(torch.optim.Optimizer):
 
 
 def main(words: list[str]):
+    words, out = parse("optimizer", __doc__, words)
     hp = train_gpt.override(words or ["@tiny"])
     shards = train_gpt.find_shards(hp.train_files, hp.batch_tokens, STEPS, hp.vocab_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -103,7 +102,14 @@ def main(words: list[str]):
         model.zero_grad()
     dist.destroy_process_group()
     ms = {name: 1000 * statistics.median(t[WARM_UP:]) for name, t in times.items()}
-    report(words, ms, difference, device)
+    rest = ms["forward and backward"] + ms["AdamW"]
+    old, new = ms["Aurora, one matrix at a time"], ms["Aurora, batched"]
+    ms |= {"whole step, one matrix at a time": rest + old, "whole step, batched": rest + new}
+    publish("optimizer", words, out,
+            f"Medians of {STEPS - WARM_UP} steps, in turn in one process. From equal weights the two updates differ by "
+            f"{100 * difference:.1f}% at most.",
+            markdown([{"part of a step": name, "ms": t} for name, t in ms.items()]),
+            f"Optimizer {old / new:.2f}x as fast, whole step {(rest + old) / (rest + new):.2f}x as fast.")
 
 
 def compare(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> float:
@@ -125,25 +131,6 @@ def compare(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> float:
     if difference > 0.05:  # bf16 leaves 2%: small singular values of random square matrices, mostly
         raise ValueError(f"the two optimizers differ by {difference:.3f} of an update")
     return difference
-
-
-def report(words: list[str], ms: dict[str, float], difference: float, device: torch.device):
-    rest = ms["forward and backward"] + ms["AdamW"]
-    old, new = ms["Aurora, one matrix at a time"], ms["Aurora, batched"]
-    commit = train_gpt.output_of("git", "describe", "--always", "--dirty")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else train_gpt.processor()
-    table = [f"# python -m bench.optimizer {' '.join(words)}".rstrip(), "",
-             f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-             f"Python {platform.python_version()}, commit {commit}; medians of {STEPS - WARM_UP} steps, "
-             "in turn in one process. "
-             f"From equal weights the two updates differ by {100 * difference:.1f}% at most.", "",
-             "| part of a step | ms |", "|---|---:|",
-             *(f"| {name} | {t:.1f} |" for name, t in ms.items()),
-             f"| whole step, one matrix at a time | {rest + old:.1f} |",
-             f"| whole step, batched | {rest + new:.1f} |", "",
-             f"Optimizer {old / new:.2f}x as fast, whole step {(rest + old) / (rest + new):.2f}x as fast."]
-    RESULT.write_text("\n".join(table) + "\n")
-    print("\n".join(table))
 
 
 if __name__ == "__main__":

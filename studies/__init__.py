@@ -4,14 +4,12 @@ import argparse
 import csv
 import io
 import os
-import platform
 from pathlib import Path
 
 import matplotlib
-import torch
 from matplotlib.figure import Figure
 
-import train_gpt
+from bench import markdown, provenance, shown
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -36,10 +34,7 @@ def publish(name: str, args: argparse.Namespace, rows: list[dict], figure: Figur
             summary: list[dict] | None = None):
     """Write NAME.csv (the rows), NAME.png and NAME.md (the paragraph and the summary, or the rows), each whole."""
     words = [f"python -m studies.{name}", *["--quick"] * args.quick, *args.overrides]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else train_gpt.processor()
-    machine = (f"{device}, {os.cpu_count()} cores, torch {torch.__version__}, matplotlib {matplotlib.__version__}, "
-               f"Python {platform.python_version()}, "
-               f"commit {train_gpt.output_of('git', 'describe', '--always', '--dirty') or 'none'}.")
+    machine = f"{provenance()}, matplotlib {matplotlib.__version__}."
     text = "\n\n".join([f"# {' '.join(words)}", machine, " ".join(paragraph.split()), markdown(summary or rows),
                         f"![{name}]({name}.png)"]) + "\n"
     table, picture = io.StringIO(newline=""), io.BytesIO()
@@ -53,16 +48,6 @@ def publish(name: str, args: argparse.Namespace, rows: list[dict], figure: Figur
         beside.write_bytes(raw)
         beside.replace(args.out / f"{name}.{ending}")
     print(text)
-
-
-def shown(value, digits: int) -> str:
-    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
-
-
-def markdown(rows: list[dict]) -> str:
-    head = [key.replace("|", r"\|") for key in rows[0]]
-    lines = [head, ["---"] * len(head)] + [[shown(v, 4) for v in row.values()] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def style(index: int, of: int) -> dict:

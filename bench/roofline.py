@@ -1,0 +1,395 @@
+"""FLOPs, bytes and messages of a training step from a recipe's shapes, and the time that they predict.
+
+    python -m bench.roofline [GPU] [@RECIPE] [NAME=VALUE ...] [-o FOLDER]      GPU: A100, H100 (default), H200, B200
+
+A kernel takes the longest of three times: its FLOPs at the sustained rate, less where its tiles do not fill the GPU;
+its bytes at the sustained bandwidth; and what a launch costs. Kernels run one after the other. A collective takes
+NCCL's latency and its bytes at the bus bandwidth. Two programs can be predicted: `fused`, this one, whose
+reduce-scatters and all-gathers travel beside the updates (see `sharded_step`), and `published`, the script of result
+#17 and its siblings.
+
+Every constant stands below, with its source or the word "assumed". One of them is calibrated, SUSTAINED, on one
+published step time. No time that is printed was measured here.
+"""
+
+import sys
+from functools import cache
+from math import ceil, inf
+from typing import NamedTuple
+
+import torch
+
+import train_gpt
+from bench import markdown, parse, publish
+
+NODE = 8  # GPUs that NVLink connects
+
+
+class GPU(NamedTuple):
+    """The first three are from NVIDIA's data sheets of the SXM cards."""
+    peak: float  # TFLOP/s, dense bf16
+    hbm: float  # GB/s
+    sms: int
+    nvlink: float  # GB/s of a ring's bus bandwidth in a node
+    network: float  # GB/s a GPU between nodes: its own InfiniBand card's
+    attention: dict  # {backend: TFLOP/s (forward, backward)}, causal, head_dim 128, 1024 tokens
+
+
+# Of the peak, by cuBLAS in large products. Calibrated: with it the published program of result #17 takes its 157.3 ms
+# on 8 H100. So it holds whatever else the model leaves out there (gaps between kernels, ranks that wait, power limits),
+# and is below what cuBLAS alone reaches. That it is the same for every card is assumed.
+SUSTAINED = 0.589
+# H100: figures 5 and 6 of FlashAttention-3 (arXiv 2407.08608), read at 1k; backward 3/4 of the non-causal one, assumed.
+HOPPER = {"FA2": (260, 195), "cuDNN": (410, 306)}
+GPUS = {  # nvlink: A100's is NCCL's own ceiling (tuning.cc), the others are assumed; network: an HDR or NDR card each
+    "A100": GPU(312, 2039, 108, 235, 25, {"FA2": (150, 112)}),  # attention: assumed
+    "H100": GPU(989, 3350, 132, 370, 50, HOPPER),
+    "H200": GPU(989, 4800, 132, 370, 50, HOPPER),
+    "B200": GPU(2250, 8000, 148, 700, 50, {"cuDNN": (933, 696)}),  # attention: H100's share of the peak, assumed
+}
+STREAM = 0.87  # of HBM, by elementwise kernels; assumed
+TRITON = 0.85  # of cuBLAS's rate, by our products; assumed: 4.2 TFLOP/s an SM
+TILE = 128  # products are cut into tiles of TILE x TILE and, to fill the GPU, into runs of K of at least SPLIT; assumed
+SPLIT = 1024
+LAUNCH = {"fused": 2e-6, "published": 5e-6}  # seconds a kernel of the optimizer, in a CUDA graph and without; assumed
+MODEL_LAUNCH = 5e-6  # seconds a kernel of the model, which no graph replays; assumed
+# NCCL's model of a ring (github.com/NVIDIA/nccl, src/graph/tuning.cc, 01afd20a): microseconds of a collective, of a hop
+# over NVLink, of a hop over the network; share of the bus bandwidth. It takes the fastest of LL, LL128 and Simple.
+# Left out: where it switches LL128 off, LL's slower hops with several nodes, trees and NVLink SHARP of an all-reduce.
+PROTOCOLS = ((3.6, 0.47, 2.7, 1 / 4), (10.0, 1.9, 4.0, 0.92), (8.4, 3.4, 9.6, 1.0))
+
+# Of an update, beside Newton-Schulz: fp32 passes over a matrix, and kernels. Assumed: estimated from the formulas, not
+# counted in a trace; contra's power iteration is 11 of the passes.
+TAIL = {("published", "muon"): (12, 8), ("published", "normuon"): (20, 16), ("published", "aurora"): (45, 70),
+        ("fused", "muon"): (14, 12), ("fused", "normuon"): (22, 20), ("fused", "aurora"): (48, 70)}
+
+
+class Kernel(NamedTuple):
+    count: int
+    flops: float
+    bytes: float
+    tiles: float = inf  # that work at once
+    rate: str = "cuBLAS"  # or "Triton", or "forward" or "backward" of attention
+
+
+def seconds(kernels: list[Kernel], gpu: GPU, attention: str, launch: float) -> float:
+    forward, backward = gpu.attention[attention]
+    rates = {"cuBLAS": gpu.peak * SUSTAINED, "Triton": gpu.peak * SUSTAINED * TRITON,
+             "forward": forward, "backward": backward}
+    return sum(k.count * max(launch, k.bytes / (gpu.hbm * STREAM * 1e9),
+                             k.flops / (rates[k.rate] * 1e12 * min(1, k.tiles / gpu.sms))) for k in kernels)
+
+
+def product(count: int, m: int, n: int, k: int, rate: str = "cuBLAS", extra: float = 0) -> Kernel:
+    """C (m, n) = A (m, k) B (k, n) in bf16, with `extra` bytes of an epilogue."""
+    tiles = ceil(m / TILE) * ceil(n / TILE) * max(1, k // SPLIT)
+    return Kernel(count, 2 * m * n * k, 2 * (m * k + k * n + m * n) + extra, tiles, rate)
+
+
+@cache
+def parameters(hp: train_gpt.Hyperparameters) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        return {name: p.shape for name, p in train_gpt.GPT(hp).named_parameters()}
+
+
+def block_matrices(hp: train_gpt.Hyperparameters) -> list[tuple[str, int, int]]:
+    """(name, out, in) of the matrices that are not AdamW's."""
+    return [(name, *shape) for name, shape in parameters(hp).items() if name.startswith("blocks.") and len(shape) == 2]
+
+
+########################################
+#                Model                 #
+########################################
+
+def model_kernels(hp: train_gpt.Hyperparameters, sequences: int, form: str) -> dict[str, list[Kernel]]:
+    """Forward and backward pass of a micro-batch. Bytes: `d` of an activation, `f` of the MLP's, `v` of the logits."""
+    tokens, layers = sequences * hp.sequence_length, hp.num_layers
+    d, f, v = (2 * tokens * width for width in (hp.model_dim, hp.mlp_dim, hp.vocab_size))
+    fused = form == "fused" and hp.activation == "relu2"
+    products = []
+    for name, out, into in block_matrices(hp) + [("head", hp.vocab_size, hp.model_dim)]:
+        up = fused and name.endswith("fc.weight")  # relu^2 rides on it, its backward on the dx of proj
+        down = fused and name.endswith("mlp.proj.weight")
+        products += [product(1, tokens, out, into, "Triton" if up else "cuBLAS"),
+                     product(1, tokens, into, out, "Triton" if down else "cuBLAS", f if down else 0),  # dx
+                     product(1, out, into, tokens)]  # dW
+    elementwise = [Kernel(4 * layers, 0, 4 * d), Kernel(2 * layers, 0, 5 * d),  # norms, residual; norm of q, k, rotary
+                   Kernel(layers, 0, 3 * d), Kernel(5 * layers, 0, d)]  # sum of dx of q, k, v; gradients of biases
+    if hp.activation == "swiglu":
+        elementwise += [Kernel(layers, 0, 3 * f), Kernel(layers, 0, 5 * f), Kernel(2 * layers, 0, f)]
+    elif not fused:
+        elementwise += [Kernel(layers, 0, 2 * f), Kernel(layers, 0, 3 * f), Kernel(layers, 0, f)]
+    passes = 3 if form == "fused" else 4  # read; read and write; and, published, read for the bias's gradient
+    size = hp.sequence_length**2 * hp.model_dim * sequences
+    tiles = sequences * hp.model_dim // hp.head_dim * ceil(hp.sequence_length / TILE)
+    weights = sum(shape.numel() for shape in parameters(hp).values() if len(shape) == 2)
+    moved = 10 if form == "fused" else 16  # bytes an element: gradient added in fp32; weight copied to bf16 or not
+    return {"products": products, "elementwise": elementwise,
+            "attention": [Kernel(layers, 2 * size, 4 * d, tiles, "forward"),
+                          Kernel(layers, 5 * size, 8 * d, tiles, "backward")],
+            "softcap and loss": [Kernel(2, 0, passes * v / 2)],
+            "embedding, casts, gradient sums": [Kernel(4, 0, 1.5 * d), Kernel(len(parameters(hp)), 0,
+                                                                           moved * weights / len(parameters(hp)))]}
+
+
+def flops(hp: train_gpt.Hyperparameters) -> dict[str, float]:
+    """Of a step of the whole batch, by part; attention as the kernels do it, the causal half."""
+    parts = model_kernels(hp, hp.batch_tokens // hp.sequence_length, "published")
+    total = {name: sum(k.count * k.flops for k in kernels) for name, kernels in parts.items()}
+    polars = (polar_flops(m, n) * (2 if m != n and hp.direction == "aurora" else 1) for _, m, n in block_matrices(hp))
+    return {"products": total["products"], "attention": total["attention"],
+            "Newton-Schulz": 0 if hp.direction == "adamw" else sum(polars)}
+
+
+def polar_flops(m: int, n: int) -> float:
+    m, n = sorted((m, n))
+    return 12 * (2 * m * m * n + 2 * m**3 + 2 * m * m * n)
+
+
+########################################
+#              Optimizer               #
+########################################
+
+def polar_kernels(count: int, m: int, n: int, form: str) -> list[Kernel]:
+    """Twelve Newton-Schulz iterations of `count` matrices: published, one after the other, with every addend copied
+    before cuBLAS adds to it; fused, batched, the symmetric products' lower tiles in Triton, cuBLAS for the third."""
+    m, n = sorted((m, n))
+    square, whole = 2 * m * m, 2 * m * n  # bytes
+    if form == "published":
+        gram, power, advance = product(12 * count, m, m, n), product(12 * count, m, m, m), product(12 * count, m, n, m)
+        return [gram, power, advance, Kernel(24 * count, 0, 2 * square), Kernel(24 * count, 0, 2 * whole)]
+    t = ceil(m / TILE)
+    half = (t + 1) / (2 * t)
+
+    def batched(m, n, k, share, rate):
+        one = product(1, m, n, k)
+        tiles = count * share * ceil(m / TILE) * ceil(n / TILE)
+        return Kernel(12, one.flops * count * share, one.bytes * count, tiles, rate)
+
+    return [batched(m, m, n, half, "Triton"), batched(m, m, m, half, "Triton"), batched(m, n, m, 1, "cuBLAS"),
+            Kernel(12, 0, 2 * whole * count)]
+
+
+def update_kernels(count: int, m: int, n: int, direction: str, form: str) -> list[Kernel]:
+    """The update of `count` equal matrices that a rank owns."""
+    passes, kernels = TAIL[form, "aurora" if "aurora" in direction else "normuon" if "normuon" in direction else "muon"]
+    times = 2 if "aurora" in direction and m != n else 1
+    calls = count if form == "published" else 1
+    tail = Kernel(kernels * calls, 0, 4 * m * n * passes / kernels * count / calls)
+    return polar_kernels(count, m, n, form) * times + [tail]
+
+
+def collective(gpus: int, nodes: int, size: float, gpu: GPU, trips: int = 1) -> float:
+    """Seconds of a reduce-scatter or all-gather of `size` bytes in all; of an all-reduce with two trips."""
+    if gpus == 1:
+        return 0.0
+    # as many rings as GPUs in a node, each leaves it by a card of its own
+    bandwidth = min(gpu.nvlink, gpu.network * gpus / nodes) if nodes > 1 else gpu.nvlink
+    wire = trips * size * (gpus - 1) / gpus
+    return min(1e-6 * (base + trips * ((gpus - nodes) * hop + (nodes - 1) * net)) + wire / (bandwidth * share * 1e9)
+               for base, hop, net, share in PROTOCOLS)
+
+
+class Bank(NamedTuple):
+    """Parameters that travel and are updated together, padded to equal shares: a matrix has one owner."""
+    name: str
+    count: int  # of what is owned whole
+    numel: int  # of one
+    shape: tuple[int, int] | None  # of a matrix, that Aurora updates; AdamW updates the others
+
+    def share(self, gpus: int) -> int:
+        return ceil(self.count / gpus)
+
+
+def banks(hp: train_gpt.Hyperparameters) -> list[Bank]:
+    """In the order in which the step processes them."""
+    matrices, found = block_matrices(hp), []
+    for name, part in (("MLP", ".mlp."), ("attention", ".attn.")):
+        mine = [(m, n) for path, m, n in matrices if part in path]
+        found.append(Bank(name, len(mine), mine[0][0] * mine[0][1], mine[0]))
+    vectors = sum(shape.numel() for shape in parameters(hp).values() if len(shape) == 1)
+    rows = hp.vocab_size, hp.model_dim, None
+    return [*found, Bank("head", *rows), Bank("embedding", *rows), Bank("vectors", vectors, 1, None)]
+
+
+def wire(hp: train_gpt.Hyperparameters, gpus: int) -> tuple[float, float]:
+    """Bytes that a GPU sends in the fused step: reduce-scatters of fp32 gradients, all-gathers of bf16 weights."""
+    sent = sum(bank.share(gpus) * bank.numel for bank in banks(hp)) * (gpus - 1)
+    return 4 * sent, 2 * sent
+
+
+def sharded_step(hp: train_gpt.Hyperparameters, gpus: int, nodes: int, gpu: GPU) -> tuple[float, float]:
+    """Seconds of the updates, and seconds from the last gradient to the last weight.
+
+    All reduce-scatters are queued at once. A bank is updated when its gradient is there and the bank before is done;
+    then its all-gather joins the queue, which NCCL works off in order.
+    """
+    backend = next(iter(gpu.attention))
+    arrived, wires, done, busy, ready = [], 0.0, 0.0, 0.0, []
+    for bank in banks(hp):
+        wires += collective(gpus, nodes, 4 * bank.share(gpus) * gpus * bank.numel, gpu)
+        arrived.append(wires)
+    for bank, arrival in zip(banks(hp), arrived):
+        share = bank.share(gpus)
+        if bank.shape and hp.direction != "adamw":
+            kernels = update_kernels(share, *bank.shape, hp.direction, "fused")
+        else:
+            kernels = [Kernel(2, 0, 15 * share * bank.numel)]  # gradient, weight and moments in fp32, weight in bf16
+        took = seconds(kernels, gpu, backend, LAUNCH["fused"])
+        done, busy = max(done, arrival) + took, busy + took
+        ready.append(done)
+    for bank, moment in zip(banks(hp), ready):
+        wires = max(wires, moment) + collective(gpus, nodes, 2 * bank.share(gpus) * gpus * bank.numel, gpu)
+    return busy, max(done, wires)
+
+
+def published_step(hp: train_gpt.Hyperparameters, gpus: int, nodes: int, gpu: GPU) -> tuple[float, float]:
+    """Seconds of the updates, and with the collectives, none of which travels beside other work: an all-reduce of each
+    parameter; then for each round of one matrix a rank, its update and an all-gather, and copies out of its buffer."""
+    backend = next(iter(gpu.attention))
+    matrices = [] if hp.direction == "adamw" else block_matrices(hp)
+    shapes = {(m, n) for _, m, n in matrices}
+    rounds = {shape: ceil(sum(tuple(at) == shape for _, *at in matrices) / gpus) for shape in shapes}
+    rest = sum(s.numel() for s in parameters(hp).values()) - sum(m * n for _, m, n in matrices)
+    busy = seconds([Kernel(2, 0, 14 * rest)], gpu, backend, LAUNCH["published"])  # AdamW, of all, on every rank
+    travel = sum(collective(gpus, nodes, s.numel() * (2 if name == "embed.weight" else 4), gpu, trips=2)
+                 for name, s in parameters(hp).items())
+    for (m, n), count in rounds.items():
+        busy += seconds(update_kernels(count, m, n, hp.direction, "published"), gpu, backend, LAUNCH["published"])
+        if gpus > 1:
+            copies = seconds([Kernel(2, 0, 8 * m * n * gpus)], gpu, backend, LAUNCH["published"])
+            travel += count * (collective(gpus, nodes, 4 * m * n * gpus, gpu) + copies)
+    return busy, busy + travel
+
+
+########################################
+#              Prediction              #
+########################################
+
+def breakdown(hp: train_gpt.Hyperparameters, name: str, gpus: int, nodes: int | None = None, form: str = "fused",
+              attention: str | None = None) -> dict[str, float]:
+    """Milliseconds of a step by part. ValueError where these GPUs cannot share the batch."""
+    sequences = hp.batch_tokens // hp.sequence_length
+    nodes = nodes or ceil(gpus / NODE)
+    if sequences % gpus or gpus % nodes:
+        raise ValueError(f"{gpus} GPUs in {nodes} nodes: {sequences} sequences and the nodes must share equally")
+    gpu = GPUS[name]
+    micro = train_gpt.micro_batch_size(sequences // gpus, hp.micro_batch)
+    attention = attention or list(gpu.attention)[-1]
+    parts = {part: 1000 * (sequences // gpus // micro) * seconds(kernels, gpu, attention, MODEL_LAUNCH)
+             for part, kernels in model_kernels(hp, micro, form).items()}
+    updates, whole = (sharded_step if form == "fused" else published_step)(hp, gpus, nodes, gpu)
+    return parts | {"updates": 1000 * updates, "exposed communication": 1000 * (whole - updates)}
+
+
+def predict(hp: train_gpt.Hyperparameters, gpu: str, gpus: int, nodes: int | None = None, form: str = "fused",
+            attention: str | None = None) -> float:
+    """Milliseconds of a training step; validation, compilation and the first steps are not in it."""
+    return sum(breakdown(hp, gpu, gpus, nodes, form, attention).values())
+
+
+class Published(NamedTuple):
+    program: str
+    gpu: str
+    gpus: int
+    torch: str
+    attention: str
+    direction: str
+    ms: float
+
+
+# Medians of the logs of github.com/KellerJordan/modded-nanogpt, records/track_3_optimization (f411b3d3). That torch
+# 2.11 takes cuDNN's attention on Hopper, and an earlier one FA2, is inferred from its rules, not seen in the logs.
+# The first line is the calibration. A100's line is not held out: a SUSTAINED of its own, .80, had been assumed, and was
+# given up for the common one when that prediction was 12% too short.
+PUBLISHED = (
+    Published("#17, Aurora", "H100", 8, "2.10", "FA2", "aurora", 157.3),
+    Published("#36, Muon", "H100", 8, "2.10", "FA2", "muon", 154.2),
+    Published("#6, Muon", "H100", 8, "2.11", "cuDNN", "muon", 146.3),
+    Published("#10, NorMuon", "H100", 8, "2.11", "cuDNN", "normuon", 147.0),
+    Published("#10, NorMuon", "H200", 8, "2.10", "FA2", "normuon", 144.0),
+    Published("#2, AdamW", "H100", 8, "2.10", "FA2", "adamw", 148.5),
+    Published("DynMuon, taken as Muon", "H200", 4, "2.9", "FA2", "muon", 288.2),
+    Published("Ortho, taken as Muon", "H200", 1, "2.11", "cuDNN", "muon", 1073.9),
+    Published("EMA-Nesterov, taken as Muon", "A100", 8, "2.11", "FA2", "muon", 351.0),
+)
+
+
+def check() -> list[dict]:
+    """Each published step time beside its prediction."""
+    rows = []
+    for index, p in enumerate(PUBLISHED):
+        hp = train_gpt.Hyperparameters(direction=p.direction)
+        ms = predict(hp, p.gpu, p.gpus, form="published", attention=p.attention)
+        use = "calibration" if index == 0 else "seen" if p.gpu == "A100" else "held out"
+        rows.append({"published program": p.program, "GPUs": f"{p.gpus}x{p.gpu}", "torch": p.torch,
+                     "attention": p.attention, "published, ms": p.ms, "predicted, ms": round(ms, 1),
+                     "off by": f"{100 * (ms / p.ms - 1):+.1f}%", "use": use})
+    return rows
+
+
+def counts(hp: train_gpt.Hyperparameters) -> list[int]:
+    """Powers of two that can share the batch."""
+    sequences = hp.batch_tokens // hp.sequence_length
+    return [2**i for i in range(sequences.bit_length()) if sequences % 2**i == 0]
+
+
+def row(hp: train_gpt.Hyperparameters, gpu: str, gpus: int) -> dict:
+    """What a GPU of `gpus` does in a step. Lost is what a part takes above its time on one GPU, divided."""
+    sequences = hp.batch_tokens // hp.sequence_length // gpus
+    micro = train_gpt.micro_batch_size(sequences, hp.micro_batch)
+    kernels = [k for part in model_kernels(hp, micro, "fused").values() for k in part]
+    parts, alone = breakdown(hp, gpu, gpus), breakdown(hp, gpu, 1)
+    updates, communication = parts["updates"], parts["exposed communication"]
+    step, single = sum(parts.values()), sum(alone.values())
+    model = step - updates - communication
+    lost = model - (single - alone["updates"]) / gpus
+    times = sequences // micro
+    reduced, gathered = wire(hp, gpus)
+    return {"GPUs": gpus, "micro-batches": f"{times} x {micro}",
+            "TFLOP": sum(k.count * k.flops for k in kernels) * times / 1e12,
+            "HBM, GB": sum(k.count * k.bytes for k in kernels) * times / 1e9,
+            "sent, MB": f"{reduced / 1e6:.0f} + {gathered / 1e6:.0f}",
+            "collectives x hops": f"{2 * len(banks(hp)) * (gpus > 1)} x {gpus - 1}",
+            "step, ms": round(step, 2), "model, ms": round(model, 2), "updates, ms": round(updates, 2),
+            "exposed communication, ms": round(communication, 2), "efficiency": f"{single / gpus / step:.0%}",
+            "lost to small kernels, ms": round(lost, 2),
+            "to owned shares, ms": round(updates - alone["updates"] / gpus, 2)}
+
+
+def stops(hp: train_gpt.Hyperparameters, name: str) -> str:
+    """Where the batch stops scaling, and why."""
+    every = {gpus: row(hp, name, gpus) for gpus in counts(hp)}
+    fastest = min(every, key=lambda gpus: every[gpus]["step, ms"])
+    half = max(gpus for gpus, at in every.items() if int(at["efficiency"][:-1]) >= 50)
+    at = every[fastest]
+    causes = {"kernels that no longer fill the GPU or cost a launch": at["lost to small kernels, ms"],
+              "matrices that have one owner each": at["to owned shares, ms"],
+              "communication that nothing hides": at["exposed communication, ms"]}
+    listed = ", ".join(f"{ms:.1f} ms to {cause}" for cause, ms in sorted(causes.items(), key=lambda item: -item[1]))
+    return (f"{name}: half of the GPUs' time is used up to {half} of them; the step is shortest on {fastest}, "
+            f"{at['step, ms']:.1f} ms, where it loses {listed}.")
+
+
+def main(words: list[str]):
+    words, out = parse("roofline", __doc__, words)
+    names = [word for word in words if word in GPUS] or ["H100"]
+    hp = train_gpt.override([word for word in words if word not in GPUS])
+    work = flops(hp)
+    few = [gpus for gpus in (1, 8) if gpus in counts(hp)]
+    machines = [{"GPU": name, **{f"on {gpus}, ms": round(predict(hp, name, gpus), 1) for gpus in few}} for name in GPUS]
+    publish("roofline", words, out,
+            "Predicted, not measured. FLOPs of a step: "
+            f"{', '.join(f'{part} {x / 1e12:.4g} TFLOP' for part, x in work.items())}.",
+            "## The published programs", markdown(check()),
+            *(part for name in names for part in (
+                f"## This program, {name}: what one GPU does in a step", stops(hp, name),
+                markdown([row(hp, name, gpus) for gpus in (1, 8, 16, 64, 512) if gpus in counts(hp)]))),
+            "## This program, other GPUs", markdown(machines))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"bench.roofline: {error}")
