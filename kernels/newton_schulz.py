@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.bf16 import needs_fp32
+from kernels.bf16 import needs_fp32, runs_kernels
 
 
 def newton_schulz_reference(X: Tensor, coefficients, rounded=lambda product: product) -> Tensor:
@@ -155,14 +155,9 @@ def newton_schulz_fused(X: Tensor, coefficients, choice=NEWTON_SCHULZ_CHOICE) ->
     return X
 
 
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a device is a GPU whose matrix units have bf16: Ampere and later."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def newton_schulz(X: Tensor, coefficients) -> Tensor:
     """Contract of newton_schulz_reference. Stacks of 16 bits on a GPU with bf16 run as newton_schulz_path says."""
-    if multiplies_bf16(X.device) and X.element_size() == 2:
+    if runs_kernels(X.device) and X.element_size() == 2:
         return newton_schulz_fused(X, coefficients)
     if needs_fp32(X):
         return newton_schulz_reference(X.float(), coefficients, lambda product: product.bfloat16().float()).bfloat16()
@@ -171,4 +166,4 @@ def newton_schulz(X: Tensor, coefficients) -> Tensor:
 
 def newton_schulz_path(device: torch.device) -> str:
     """What runs the three lines of the iteration on a device, for 16-bit stacks; all others take the reference."""
-    return ", ".join(NEWTON_SCHULZ_CHOICE) if multiplies_bf16(device) else "reference"
+    return ", ".join(NEWTON_SCHULZ_CHOICE) if runs_kernels(device) else "reference"
