@@ -1,6 +1,6 @@
 """Every Triton kernel compiled ahead of time, for cards that need not be there: registers, spills, shared memory.
 
-    python -m bench.compile
+    python -m bench.compile [-o FOLDER]
 
 What is compiled is what is launched. An entry of LAUNCHES calls a kernel file's own launcher on meta tensors, and where
 the launcher would start a kernel, Triton compiles it for a card that only its driver is told of. So types, tiles,
@@ -8,33 +8,29 @@ warps, stages, and what Triton specialises on (strides of 1, multiples of 16), a
 
 To add kernels: one entry, a function of the card's compute capability, such as (9, 0), that launches them. A launcher
 is any function that ends in kernel[grid](...); where it chooses by card, it takes the capability as an argument.
-The table goes to bench/results/compile.md too.
 """
 
-import platform
 import re
 import subprocess
+import sys
 import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
 import torch
-import triton
 from tqdm import tqdm
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-import train_gpt
 from aurora import SIMPLE_QUINTIC_12
+from bench import markdown, parse, publish
 from kernels.cross_entropy import losses_of_rows, to_gradient_
 from kernels.mlp import activation_gradient, up_projection
 from kernels.newton_schulz import newton_schulz_fused
 
-RESULT = Path(__file__).parent / "results" / "compile.md"
 # KB of shared memory that a block may have (CUDA C++ Programming Guide, table "Technical Specifications per Compute
 # Capability"): A100, RTX 40 (and 30), H100 and H200, B200, RTX 50
 LIMITS = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -131,23 +127,17 @@ def compiled() -> list[Compiled]:
     return list(rows.values())
 
 
-def main():
-    rows = compiled()
-    commit = train_gpt.output_of("git", "describe", "--always", "--dirty")
-    ptxas, ptxas_blackwell = knobs.nvidia.ptxas.version, knobs.nvidia.ptxas_blackwell.version
-    table = ["# python -m bench.compile", "",
-             f"Triton {triton.__version__}, ptxas {ptxas}, from sm_100 on {ptxas_blackwell}, "
-             f"torch {torch.__version__}, Python {platform.python_version()}, commit {commit}. Compiled, not run. "
-             "Registers and spilled bytes are a thread's; shared memory is a block's, limit the most that the card "
-             "gives a block.", "",
-             "| launch | kernel | dtype | card | constants | warps | stages | registers | spilled | shared KB | limit "
-             "| matrix unit |",
-             "|---|---|---|---|---|---:|---:|---:|---:|---:|---:|---|"]
-    table += [f"| {r.launch} | {r.kernel} | {r.dtype} | sm_{r.card} | {r.constants} | {r.warps} | {r.stages} | "
-              f"{r.registers} | {r.spilled} | {r.shared / 1024:.0f} | {r.limit // 1024} | {r.unit} |" for r in rows]
-    RESULT.write_text("\n".join(table) + "\n")
-    print("\n".join(table))
+def main(words: list[str]):
+    _, out = parse("compile", __doc__, words)
+    table = markdown([{
+        "launch": r.launch, "kernel": r.kernel, "dtype": r.dtype, "card": f"sm_{r.card}", "constants": r.constants,
+        "warps": r.warps, "stages": r.stages, "registers": r.registers, "spilled": r.spilled,
+        "shared KB": r.shared // 1024, "limit KB": r.limit // 1024, "matrix unit": r.unit} for r in compiled()])
+    publish("compile", [], out,
+            f"Compiled, not run, by ptxas {knobs.nvidia.ptxas.version}, from sm_100 on "
+            f"{knobs.nvidia.ptxas_blackwell.version}. Registers and spilled bytes are a thread's; shared memory is a "
+            "block's, limit the most that the card gives a block.", table)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
