@@ -137,10 +137,12 @@ def main():
     ptxas, ptxas_blackwell = knobs.nvidia.ptxas.version, knobs.nvidia.ptxas_blackwell.version
     table = ["# python -m bench.compile", "",
              f"Triton {triton.__version__}, ptxas {ptxas}, from sm_100 on {ptxas_blackwell}, "
-             f"torch {torch.__version__}, Python {platform.python_version()}, commit {commit}. Compiled, not run: registers and spilled bytes are "
-             "a thread's, shared memory a block's, next to the most that the card gives a block.", "",
-             "| launch | kernel | dtype | card | constants | warps | stages | registers | spilled | shared KB | limit KB | "
-             "matrix unit |", "|---|---|---|---|---|---:|---:|---:|---:|---:|---:|---|"]
+             f"torch {torch.__version__}, Python {platform.python_version()}, commit {commit}. Compiled, not run. "
+             "Registers and spilled bytes are a thread's; shared memory is a block's, limit the most that the card "
+             "gives a block.", "",
+             "| launch | kernel | dtype | card | constants | warps | stages | registers | spilled | shared KB | limit "
+             "| matrix unit |",
+             "|---|---|---|---|---|---:|---:|---:|---:|---:|---:|---|"]
     table += [f"| {r.launch} | {r.kernel} | {r.dtype} | sm_{r.card} | {r.constants} | {r.warps} | {r.stages} | "
               f"{r.registers} | {r.spilled} | {r.shared / 1024:.0f} | {r.limit // 1024} | {r.unit} |" for r in rows]
     RESULT.write_text("\n".join(table) + "\n")

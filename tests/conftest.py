@@ -18,9 +18,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 needs_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+needs_interpreter = pytest.mark.skipif(DEVICE.type == "cuda", reason="needs the interpreter")
 # the interpreter multiplies bf16 as if its bits were integers; on a GPU fp32 is cuBLAS's
 MATMUL_DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=needs_gpu),
-                 pytest.param(torch.float32, marks=pytest.mark.skipif(DEVICE.type == "cuda", reason="interpreter only"))]
+                 pytest.param(torch.float32, marks=needs_interpreter)]
 
 ROOT = Path(__file__).resolve().parent.parent
 EOT = 50256

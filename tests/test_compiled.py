@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from itertools import groupby
 
 import pytest
 from conftest import ROOT
@@ -23,12 +22,12 @@ def kernels() -> list[dict]:
 
 
 def test_each_kernel_is_compiled_for_each_card(kernels):
-    """Kills: an entry of LAUNCHES that launches nothing for some card, or a kernel file that has no entry."""
-    source = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
-    assert {row["card"] for row in kernels} == {80, 89, 90, 100, 120}
-    for _, rows in groupby(sorted(kernels, key=lambda row: row["card"]), key=lambda row: row["card"]):
-        names = {row["kernel"] for row in rows}
-        assert names == set(re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE))
+    """Kills: a kernel that has no entry in LAUNCHES, or that its entry launches for some cards only."""
+    written = {name for path in (ROOT / "kernels").glob("*.py")
+               for name in re.findall(r"^@triton\.jit\ndef (\w+_kernel)\(", path.read_text(), re.MULTILINE)}
+    assert "symmetric_product_kernel" in written
+    for card in (80, 89, 90, 100, 120):
+        assert {row["kernel"] for row in kernels if row["card"] == card} == written
 
 
 def test_no_register_spills(kernels):
