@@ -470,8 +470,8 @@ def test_a_document_of_50_mb(tmp_path, gpt2):
 # ---- all of them ----
 
 
-# A program that waits after each file in its folder, and, of the hub, a client that does as the real one: it takes a lock on
-# the file, deletes what another process has fetched meanwhile, and fetches it.
+# A program that waits after each file in its folder; and, of the hub, a client that does as the real one: it takes a
+# lock on the file, deletes what another process has fetched meanwhile, and fetches it.
 SLOW = """
 import fcntl, os, sys, time
 from types import SimpleNamespace

@@ -130,8 +130,9 @@ def test_large_logs(tmp_path, capsys, content, says):
 
 def test_a_device_in_place_of_a_log():
     """Kills: an unbounded read. 1 GiB of address space is far more than the desk takes."""
-    run = subprocess.run([sys.executable, "-m", "records", "verify", "/dev/zero"], cwd=ROOT, capture_output=True, text=True,
-                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30)), timeout=60)
+    limit = (resource.RLIMIT_AS, (2**30, 2**30))
+    run = subprocess.run([sys.executable, "-m", "records", "verify", "/dev/zero"], cwd=ROOT, capture_output=True,
+                         text=True, preexec_fn=lambda: resource.setrlimit(*limit), timeout=60)
     assert (run.returncode, run.stderr) == (2, "records: /dev/zero is no log: it is larger than 16 MiB\n")
 
 
