@@ -166,8 +166,8 @@ def memory(run: dict, parameters: int, gpus: list[Gpu], world: int) -> list[Find
 
 
 def estimate(run: dict, plan: str, gpus: list[Gpu], world: int, price: float | None) -> list[str]:
-    """How long the steps take and what they cost: known for result #17's model and optimizer on H100 SXM alone, from its
-    published runs on 8; fewer take longer in proportion."""
+    """How long the steps take and what they cost: known for result #17's model and optimizer on the H100 SXM alone,
+    from its published runs on 8; fewer take longer in proportion."""
     if not gpus:
         return []
     if "H100 80GB HBM3" not in gpus[0].name or "not a record attempt" in plan or run["direction"] != "aurora":

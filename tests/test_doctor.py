@@ -24,7 +24,7 @@ def machine(tmp_path, monkeypatch):
     pinned = doctor.pins((ROOT / "requirements.txt").read_text())
     monkeypatch.setattr(doctor, "version", pinned.get)
     monkeypatch.setattr(doctor, "dry_run", lambda words, world: (
-        RECORD, f"162,252,288 parameters, {words} in {world} processes", []))
+        RECORD, f"162,354,816 parameters, {words} in {world} processes", []))
     for name in ("CUDA_VISIBLE_DEVICES", "WORLD_SIZE", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)

@@ -40,7 +40,7 @@ def test_run_sh_with_gpus(tmp_path):
         stub = tmp_path / name
         stub.parent.mkdir(parents=True, exist_ok=True)
         stub.write_text('#!/bin/sh\ncase "$*" in *device_count*) echo 8; exit;; -L) echo GPU 0; exit;; esac\n'
-                        'case "$*" in *--fineweb-shards*) echo 17;; *doctor*) echo healthy;; *verify*) echo PASS;; esac\n'
+                        'case "$*" in *--fineweb-shards*) echo 17;; *doctor*) echo well;; *verify*) echo PASS;; esac\n'
                         'case "$0" in *torchrun) echo step; echo log: logs/a.txt;; esac\n'
                         f'echo "{stub.name} $* WORLD_SIZE=$WORLD_SIZE" >> calls\n')
         stub.chmod(0o755)
@@ -48,7 +48,7 @@ def test_run_sh_with_gpus(tmp_path):
     with open(tmp_path / "said", "w") as said:
         subprocess.run(["bash", "run.sh", "mu=0.9", "--seed", "3"], cwd=tmp_path, check=True, stdout=said,
                        env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin"})
-    assert (tmp_path / "said").read_text() == "healthy\nstep\nlog: logs/a.txt\nPASS\n"
+    assert (tmp_path / "said").read_text() == "well\nstep\nlog: logs/a.txt\nPASS\n"
     assert (tmp_path / "calls").read_text().splitlines() == [
         "python train_gpt.py --fineweb-shards mu=0.9 --seed 3 WORLD_SIZE=",
         "python data/cached_fineweb10B.py 17 WORLD_SIZE=",
