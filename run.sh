@@ -48,9 +48,12 @@ if [ "$gpus" != 0 ]; then
     [ "$shards" = 0 ] || .venv/bin/python data/cached_fineweb10B.py "$shards"
 fi
 case " $* " in *" @tiny "*) .venv/bin/python data/local.py --encoding bytes ;; esac
-WORLD_SIZE=$processes .venv/bin/python train_gpt.py --dry-run "$@"
+WORLD_SIZE=$processes .venv/bin/python -m records doctor -- "$@"
 case " $* " in *" --dry-run "*) exit ;; esac
 
-.venv/bin/torchrun --standalone --nproc_per_node="$processes" train_gpt.py "$@"
+# The trainer's last line names its log; a run beside it may have begun a newer one. -ip: Ctrl-C is for the trainer.
+exec 3>&1
+log=$(PYTHONUNBUFFERED=1 .venv/bin/torchrun --standalone --nproc_per_node="$processes" train_gpt.py "$@" |
+    tee -ip /dev/stderr 2>&1 >&3 | sed -n 's/^log: //p')
 # the verdict may be no: the run is whole all the same
-.venv/bin/python -m records verify "$(ls -t logs/*.txt | head -n 1)" || [ $? = 1 ]
+.venv/bin/python -m records verify "$log" || [ $? = 1 ]

@@ -19,21 +19,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import tiktoken
-from cached_fineweb10B import hub_errors
-from huggingface_hub import HfApi, hf_hub_download
+from cached_fineweb10B import hub_errors, list_files
+from huggingface_hub import hf_hub_download
 from shards import END_OF_TEXT, SHARD_TOKENS, cut, make_shards, one_line_errors
 from tqdm import tqdm
 
 DATASET, SAMPLE = "HuggingFaceFW/fineweb", "sample/10BT"
 BATCH_CHARACTERS = 1_000_000  # that a worker takes at a time: some 300 documents of FineWeb
-
-
-def list_sample() -> tuple[str, dict[str, int]]:
-    """The dataset's newest revision, and the bytes of each file of the sample in that revision."""
-    with hub_errors(DATASET):
-        revision = HfApi().dataset_info(DATASET).sha
-        entries = HfApi().list_repo_tree(DATASET, SAMPLE, repo_type="dataset", revision=revision)
-        return revision, dict(sorted((entry.path, entry.size) for entry in entries))
 
 
 def fetch(name: str, revision: str) -> Path:
@@ -72,7 +64,7 @@ def documents(path: Path) -> Iterator[tuple[str, float]]:
                 raise TypeError(f"{type(text).__name__} in place of text")
             yield text, share
             good += 1
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: no text after {good} good documents ({error!r}); mend it") from error
 
 
@@ -131,9 +123,9 @@ def main(arguments: list[str] | None = None) -> None:
         groups, size = [args.files], sum(path.stat().st_size for path in args.files)
         source = {"files": [path.name for path in args.files]}
     else:
-        revision, sizes = list_sample()
-        groups, size = ([fetch(name, revision)] for name in sizes), sum(sizes.values())
-        source = {"dataset": DATASET, "revision": revision, "files": list(sizes)}
+        revision, found = list_files(DATASET, SAMPLE)
+        groups, size = ([fetch(name, revision)] for name in found), sum(file.size for file in found.values())
+        source = {"dataset": DATASET, "revision": revision, "files": list(found)}
     packages = ("huggingface_hub", "numpy", "pyarrow", "tiktoken")
     versions = {"python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in packages}

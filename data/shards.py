@@ -7,14 +7,17 @@ trainer has a reader of its own.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import struct
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -24,24 +27,55 @@ SHARD_TOKENS = 100_000_000  # of the published FineWeb shards
 END_OF_TEXT = 50256  # GPT-2's; it opens a document
 
 
-def check_shard(path: Path) -> int:
-    """The number of tokens of a whole shard; ValueError names the file, what is wrong, what to do."""
+def find_fault(path: Path, sha256: str | None = None) -> str | None:
+    """What is wrong with a shard, which is of that sha256 if one is given; None of a whole one."""
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such shard; make or download it")
+        return "there is no such shard"
     with open(path, "rb") as file:
         magic, version, count = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
-    size, expected = path.stat().st_size, HEADER_BYTES + 2 * count
-    if size < HEADER_BYTES:
-        wrong = f"its {size} bytes end within the header"
-    elif magic != MAGIC:
-        wrong = f"magic number {magic} where a shard has {MAGIC}"
-    elif version != VERSION:
-        wrong = f"version {version} where this code reads {VERSION}"
-    elif size != expected:
-        wrong = f"{size:,} bytes where the {count:,} tokens of its header need {expected:,}"
-    else:
-        return count
-    raise ValueError(f"{path}: {wrong}; delete it and make or download it again")
+        size, expected = os.fstat(file.fileno()).st_size, HEADER_BYTES + 2 * count
+        if size < HEADER_BYTES:
+            return f"its {size} bytes end within the header"
+        if magic != MAGIC:
+            return f"magic number {magic} where a shard has {MAGIC}"
+        if version != VERSION:
+            return f"version {version} where this code reads {VERSION}"
+        if size != expected:
+            return f"{size:,} bytes where the {count:,} tokens of its header need {expected:,}"
+        file.seek(0)
+        if sha256 and file_sha256(file) != sha256:
+            return "its sha256 is another than the one on record"
+    return None
+
+
+def check_shard(path: Path, sha256: str | None = None) -> int:
+    """The number of tokens of a whole shard; ValueError names the file, what is wrong, what to do."""
+    if fault := find_fault(path, sha256):
+        raise ValueError(f"{path}: {fault}; delete it and make or download it again")
+    return (path.stat().st_size - HEADER_BYTES) // 2
+
+
+def file_sha256(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(2**20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Makes the folder if need be, and waits until no other process of this machine is in here with it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder}: another process is at work there; waiting for it", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> str:
@@ -59,6 +93,9 @@ def write_manifest(folder: Path, manifest: dict) -> None:
 
 def write_whole(path: Path, raw: bytes) -> None:
     """Writes beside the path and renames: a failure leaves what was there, and nothing else."""
+    free = shutil.disk_usage(path.parent).free
+    if len(raw) > free:
+        raise OSError(f"{path} takes {len(raw):,} bytes and {free:,} are free there; make room")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_bytes(raw)
@@ -99,13 +136,14 @@ def make_shards(folder: Path, prefix: str, shards: Iterable[np.ndarray], making:
             made[name] = {"tokens": len(tokens), "documents": documents, "sha256": sha256}
         if len(made) < 2:
             raise ValueError("the text ends within the validation shard; give more, or make that shard smaller")
-        # The manifest goes first and comes last: a swap cut short must not look like a finished making.
-        (folder / "manifest.json").unlink(missing_ok=True)
-        for name in made:
-            os.replace(Path(workshop, name), folder / name)
-        for stale in set(folder.glob(f"{prefix}_train_*.bin")) - {folder / name for name in made}:
-            stale.unlink()
-        write_manifest(folder, {**making, "shards": made})
+        with alone(folder):
+            # The manifest goes first and comes last: a swap cut short must not look like a finished making.
+            (folder / "manifest.json").unlink(missing_ok=True)
+            for name in made:
+                os.replace(Path(workshop, name), folder / name)
+            for stale in set(folder.glob(f"{prefix}_train_*.bin")) - {folder / name for name in made}:
+                stale.unlink()
+            write_manifest(folder, {**making, "shards": made})
     validation, *training = (shard["tokens"] for shard in made.values())
     tokens = f"{validation:,} validation and {sum(training):,} training tokens"
     return f"{folder}: {tokens} in {len(made)} shards"

@@ -172,11 +172,13 @@ def list_(options: argparse.Namespace) -> int:
     return show(result, leaderboard.text(result), options)
 
 
-@verb("doctor train_steps=4000", argument("words", nargs="*", metavar="NAME=VALUE | @RECIPE"), JSON)
+@verb("doctor --price 2.5 -- train_steps=4000 --trials 4",
+      argument("words", nargs="*", metavar="ARGUMENT", help="of train_gpt.py; after -- also its options"),
+      argument("--price", type=float, metavar="P", help="of a GPU for an hour"), JSON)
 def doctor(options: argparse.Namespace) -> int:
-    """what would end or spoil a run on this machine, why, and what mends it; code 0 where nothing would"""
+    """what would end or spoil a run on this machine, why, and what mends it; code 0 where nothing would end it"""
     from records import doctor as desk
-    result = desk.doctor(options.words)
+    result = desk.doctor(options.words, options.price)
     return show(result, desk.text(result), options)
 
 

@@ -2,9 +2,8 @@
 
 import difflib
 import re
-from pathlib import Path
 
-from records.log import read
+from records.log import read, read_bytes
 from records.program import constants, parse, recipe, sections
 
 # The rules of the track fix the data, the architecture, the batch and the evaluation.
@@ -19,7 +18,7 @@ def program(path: str) -> bytes:
     """The program at the head of a log, or a .py file's text; ValueError says why a file is neither."""
     if not path.endswith(".py"):
         return read(path).source
-    source = Path(path).read_bytes()
+    source = read_bytes(path)
     try:
         parse(source)
     except ValueError as error:

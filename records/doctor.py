@@ -1,9 +1,17 @@
 """`doctor`: what would end or spoil a run on this machine, before it starts. Uses no GPU, and PyTorch only in a process
-of its own."""
+of its own.
 
+How much memory a step takes is computed, not measured, and meant as a bound: 18 bytes a parameter (bf16 weight, fp32
+master and gradient, two fp32 moments); for each token of a micro-batch what the backward pass needs: in bf16 a layer's
+10 vectors of model_dim and 2 of mlp_dim (swiglu: 3), and 8 bytes a logit (bf16, its gradient, an fp32 copy); RESERVE.
+"""
+
+import json
 import os
 import re
 import shutil
+import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -11,16 +19,33 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from records.published import rows
+
 ROOT = Path(__file__).resolve().parent.parent
 LOG_BYTES = 20 * 2**20  # source, lines and sidecar of a long run with --neurons
+STATE_BYTES = 12  # of a checkpoint, a parameter at most: fp32, and two moments
+RESERVE = 2 * 2**30  # bytes of a GPU for CUDA, NCCL, workspaces and what the allocator cannot use
 IN_USE = 2**30  # bytes of a GPU that something else holds; a desktop holds less
 INSTALL = "python -m pip install -r requirements.txt"
+# What the trainer makes of its arguments, as JSON, then its dry run
+PROBE = """
+import json, sys, train_gpt
+args = train_gpt.parse(sys.argv[1:])
+try:
+    hp = train_gpt.recall(args)[0] if args.resume or args.fork_from else train_gpt.override(args.overrides)
+    print(json.dumps(vars(hp) | dict(mlp_dim=hp.mlp_dim, trials=args.trials, checkpoints=args.checkpoint_every,
+                                     fineweb_shards=train_gpt.fineweb_shards(hp))))
+except (OSError, ValueError) as error:
+    train_gpt.complain(error)
+train_gpt.main(["--dry-run", *sys.argv[1:]])
+"""
 
 
 class Finding(NamedTuple):
     what: str
     why: str
     mend: str
+    ends: bool = True  # the run, at once or late; False: it spoils or slows it, or may end it
 
 
 class Gpu(NamedTuple):
@@ -31,13 +56,20 @@ class Gpu(NamedTuple):
     used: int
 
 
-def doctor(words: list[str]) -> dict:
-    """The findings on the machine, then on the run that `train_gpt.py WORDS` would be."""
-    gpus, driver = find_gpus()
-    findings = [*driver, *packages(gpus), *memory(gpus), *disk(Path("logs"))]
-    plan, run = dry_run(words or ([] if gpus else ["@tiny"]), max(1, len(gpus)))
-    findings += run
-    return {"verdict": not findings, "python": sys.version.split()[0], "torch": version("torch"),
+def doctor(words: list[str], price: float | None = None) -> dict:
+    """The findings on the machine, then on the run that `train_gpt.py WORDS` would be; `price`: of a GPU for an hour.
+    The verdict is that nothing would end the run."""
+    gpus, findings = find_gpus()
+    world = int(os.environ.get("WORLD_SIZE", max(1, len(gpus))))
+    run, plan, complaints = dry_run(words or ([] if gpus else ["@tiny"]), world)
+    parameters = int(plan.split(" ")[0].replace(",", "")) if plan else 0
+    findings += [*packages(gpus), *taken(gpus), *port()]
+    if plan:
+        plan = "\n".join([plan, *estimate(run, plan, gpus, world, price)])
+        findings += memory(run, parameters, gpus, world)
+    kept = 2 * STATE_BYTES * parameters if run and run["checkpoints"] else 0  # the old one stays until the new is whole
+    findings += [*disk(Path("logs"), kept), *complaints]
+    return {"verdict": not any(f.ends for f in findings), "python": sys.version.split()[0], "torch": version("torch"),
             "gpus": [gpu._asdict() for gpu in gpus], "plan": plan, "findings": [f._asdict() for f in findings]}
 
 
@@ -46,24 +78,26 @@ def text(result: dict) -> str:
     device = f"{len(gpus)} x {gpus[0]['name']}" if gpus else "no GPU"
     lines = [f"Python {result['python']}, torch {result['torch'] or 'missing'}, {device}", *result["plan"].splitlines()]
     for finding in result["findings"]:
-        lines += [f"FOUND: {finding['what']}", f"  why it matters: {finding['why']}", f"  mend: {finding['mend']}"]
+        lines += [f"{'FOUND' if finding['ends'] else 'WARNING'}: {finding['what']}",
+                  f"  why it matters: {finding['why']}", f"  mend: {finding['mend']}"]
     return "\n".join(lines if result["findings"] else [*lines, "nothing found: it can start"])
 
 
 def find_gpus() -> tuple[list[Gpu], list[Finding]]:
     """Those that nvidia-smi lists and CUDA_VISIBLE_DEVICES, by number, leaves."""
-    if not shutil.which("nvidia-smi"):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible == "" or not shutil.which("nvidia-smi"):
         return [], []
     query = "--query-gpu=index,name,compute_cap,memory.total,memory.used"
     answer = subprocess.run(["nvidia-smi", query, "--format=csv,noheader,nounits"], capture_output=True, text=True)
     if answer.returncode:
         reason = (answer.stdout + answer.stderr).strip().splitlines() or ["it says nothing"]
         return [], [Finding(f"nvidia-smi fails: {reason[0]}", "the run would be on the CPU, without a word",
-                            "install the driver of this GPU, or restart the machine after an update of it")]
+                            "install the driver of this GPU, or restart the machine after an update of it; "
+                            "CUDA_VISIBLE_DEVICES= asks for the CPU")]
     rows = [row.split(", ") for row in answer.stdout.strip().splitlines()]
     gpus = [Gpu(int(index), name, capability, int(total) * 2**20, int(used) * 2**20)
             for index, name, capability, total, used in rows]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return [gpu for gpu in gpus if visible is None or str(gpu.index) in visible.split(",")], []
 
 
@@ -90,7 +124,8 @@ def packages(gpus: list[Gpu]) -> list[Finding]:
         installed = version(name)
         if installed is None or installed.split("+")[0] != pinned:
             findings.append(Finding(f"{name} {installed or 'is missing'}, pinned is {pinned}",
-                                    "what is known of this project is known for the pinned versions", INSTALL))
+                                    "what is known of this project is known for the pinned versions", INSTALL,
+                                    ends=installed is None))
     torch = version("torch") or ""
     if gpus and torch.endswith("+cpu"):
         findings.append(Finding(f"torch {torch} was built without CUDA", "it cannot see the GPUs of this machine",
@@ -102,15 +137,62 @@ def packages(gpus: list[Gpu]) -> list[Finding]:
     return findings
 
 
-def memory(gpus: list[Gpu]) -> list[Finding]:
+def taken(gpus: list[Gpu]) -> list[Finding]:
     return [Finding(f"GPU {gpu.index}: {gpu.used / 2**30:.1f} of {gpu.total / 2**30:.1f} GiB are in use",
                     "another program runs there: both would be slow, or out of memory",
-                    "nvidia-smi names it; end it, or leave the GPU out with CUDA_VISIBLE_DEVICES")
+                    "nvidia-smi names it; end it, or leave the GPU out with CUDA_VISIBLE_DEVICES", ends=False)
             for gpu in gpus if gpu.used > IN_USE]
 
 
-def disk(folder: Path) -> list[Finding]:
-    """Whether a log can be written, by writing beside where it would be."""
+def step_bytes(run: dict, parameters: int, sequences: int) -> int:
+    """The memory that a step takes with a micro-batch of so many sequences, after the model above."""
+    vectors = 10 * run["model_dim"] + (3 if run["activation"] == "swiglu" else 2) * run["mlp_dim"]
+    token = 2 * run["num_layers"] * vectors + 8 * run["vocab_size"]
+    return 18 * parameters + sequences * run["sequence_length"] * token + RESERVE
+
+
+def memory(run: dict, parameters: int, gpus: list[Gpu], world: int) -> list[Finding]:
+    """Whether the micro-batch fits the free memory of every GPU, and which one would."""
+    sequences = run["batch_tokens"] // run["sequence_length"] // world
+    sizes = [n for n in range(1, min(sequences, run["micro_batch"]) + 1) if sequences % n == 0]  # as the trainer does
+    free = min((gpu.total - gpu.used for gpu in gpus), default=sys.maxsize)
+    fitting = [n for n in sizes if step_bytes(run, parameters, n) <= free]
+    if fitting == sizes:
+        return []
+    what = (f"{free / 2**30:.1f} GiB of a GPU are free, a micro-batch of {sizes[-1]} sequences may take "
+            f"{step_bytes(run, parameters, sizes[-1]) / 2**30:.0f} (computed, not measured)")
+    mend = f"micro_batch={fitting[-1]}, which changes no result" if fitting else "use GPUs with more memory"
+    return [Finding(what, "the run would be out of memory in its first step", mend, ends=False)]
+
+
+def estimate(run: dict, plan: str, gpus: list[Gpu], world: int, price: float | None) -> list[str]:
+    """How long the steps take and what they cost: known for result #17's model and optimizer on the H100 SXM alone,
+    from its published runs on 8; fewer take longer in proportion."""
+    if not gpus:
+        return []
+    if "H100 80GB HBM3" not in gpus[0].name or "not a record attempt" in plan or run["direction"] != "aurora":
+        return [f"time: no step of this run was published for {gpus[0].name}"]
+    ms = statistics.median(float(row["step_avg_ms"]) for row in rows("record_17_curves.csv") if row["step_avg_ms"])
+    hours = run["trials"] * run["train_steps"] * ms * 8 / world / 3.6e6
+    cost = f", {hours * world * price:.2f} at {price:g} a GPU-hour" if price is not None else ""
+    return [f"time: {60 * hours:.0f} minutes of steps{cost}; after the {ms:.0f} ms a step on 8 x H100 that result #17 "
+            "published, not timed by us; compiling and validations come on top"]
+
+
+def port() -> list[Finding]:
+    """torchrun --standalone takes a free port of this machine by itself; processes started by hand take MASTER_PORT."""
+    number = int(os.environ.get("MASTER_PORT", 0))
+    try:
+        with socket.create_server(("localhost", number)):
+            return []
+    except OSError as error:
+        return [Finding(f"port {number or 'of any number'} of localhost cannot be opened: {os.strerror(error.errno)}",
+                        "the processes of a run meet there", "set MASTER_PORT to a free port" if number else
+                        "bring up the loopback interface: ip link set lo up")]
+
+
+def disk(folder: Path, checkpoint_bytes: int) -> list[Finding]:
+    """Whether a log can be written, by writing beside where it would be, and the checkpoints too."""
     place = folder if folder.is_dir() else Path(".")
     try:
         with tempfile.TemporaryFile(dir=place) as file:
@@ -118,19 +200,28 @@ def disk(folder: Path) -> list[Finding]:
     except OSError as error:
         return [Finding(f"{place.resolve()} cannot be written: {error.strerror}", "the run could not begin its log",
                         "make it writable, or start in another folder")]
-    free = shutil.disk_usage(place).free
+    free, needed = shutil.disk_usage(place).free, LOG_BYTES + checkpoint_bytes
     if free < LOG_BYTES:
-        return [Finding(f"{free / 2**20:.0f} MiB are free for {place.resolve()}",
-                        "a log that is cut off is no evidence", f"make {LOG_BYTES // 2**20} MiB free")]
-    return []
+        why = "a log that is cut off is no evidence"
+    elif free < needed:
+        why = "checkpoints would be given up"
+    else:
+        return []
+    return [Finding(f"{free / 2**20:.0f} MiB are free for {place.resolve()}", why,
+                    f"make {needed / 2**20:.0f} MiB free", ends=free < LOG_BYTES)]
 
 
-def dry_run(words: list[str], world: int) -> tuple[str, list[Finding]]:
-    """What the trainer says it would do; its complaint, which names its remedy after a colon, is a finding."""
-    run = subprocess.run([sys.executable, str(ROOT / "train_gpt.py"), "--dry-run", *words], capture_output=True,
-                         text=True, env=os.environ | {"WORLD_SIZE": str(world)})
+def dry_run(words: list[str], world: int) -> tuple[dict | None, str, list[Finding]]:
+    """What the trainer makes of its arguments; what it says it would do; its complaint as a finding, which names its
+    remedy after a colon."""
+    run = subprocess.run([sys.executable, "-c", PROBE, *words], capture_output=True, text=True,
+                         env=os.environ | {"WORLD_SIZE": str(world), "PYTHONPATH": str(ROOT)})
+    hyperparameters, _, plan = run.stdout.strip().partition("\n")
+    values = json.loads(hyperparameters) if hyperparameters else None
     if not run.returncode:
-        return run.stdout.strip(), []
+        return values, plan, []
     complaint = (run.stderr.strip().splitlines() or ["it says nothing"])[-1].removeprefix("train_gpt.py: ")
     what, _, remedy = complaint.partition(": ")
-    return "", [Finding(what, "the run would end before its first step", remedy or "change the arguments")]
+    if values and values["fineweb_shards"] and "fineweb10B" in what:
+        remedy = f"python data/cached_fineweb10B.py {values['fineweb_shards']}"
+    return values, "", [Finding(what, "the run would end before its first step", remedy or "change the arguments")]

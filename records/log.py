@@ -21,6 +21,7 @@ LINE = r"""^(?: (?:Using\ )?seed[:=]\ ?(?P<seed>\d+)$
     | step:(?P<step>\d+)/(?P<train_steps>\d+)\ (?!.*step:)(?:.*\ )?
       METRIC:(?P<loss>-?(?:nan|inf|\d+(?:\.\d+)?))(?=\ +\w+:)
       (?:.*\ train_time:(?P<time>\d+(?:\.\d+)?)(?P<unit>ms|s)\b)? )"""
+LOG_BYTES = 2**24  # at most; a hundred runs of a published program, validated every five steps, are a tenth of that
 NOT_NAMED = "a device that the log does not name"
 MACHINE = re.compile(r"^Running .* on (?P<device>.+?) +with world_size (?P<world>\d+)", re.MULTILINE)
 
@@ -72,7 +73,16 @@ class Log:
 
 def read(path: Path | str, metric: str = "val_loss") -> Log:
     """The log at `path`, with the validation losses called `metric`; ValueError says why a file is none."""
-    return interpret(str(path), Path(path).read_bytes(), metric)
+    return interpret(str(path), read_bytes(path), metric)
+
+
+def read_bytes(path: Path | str) -> bytes:
+    """A file's content; ValueError, and no memory taken, where it is larger than any log."""
+    with open(path, "rb") as file:
+        content = file.read(LOG_BYTES + 1)
+    if len(content) > LOG_BYTES:
+        raise ValueError(f"{path} is no log: it is larger than {LOG_BYTES >> 20} MiB")
+    return content
 
 
 def interpret(path: str, content: bytes, metric: str = "val_loss") -> Log:
@@ -112,10 +122,11 @@ def read_trials(path: str, body: str, metric: str) -> list[Trial]:
     trials = [Trial()]
     for line in line_pattern(metric).finditer(body):
         trial, step = trials[-1], int(line["step"] or 0)
-        if line["step"] and trial.losses and step == trial.last_step and float(line["loss"]) == trial.losses[step]:
+        last = next(reversed(trial.losses), -1)  # steps rise within a trial
+        if line["step"] and step == last and float(line["loss"]) == trial.losses[step]:
             continue  # one line printed twice
         # Upstream tells trials apart by nothing but a step that falls back.
-        restarts = line["step"] and trial.losses and step <= trial.last_step
+        restarts = line["step"] and step <= last
         if trial != Trial() and (line["seed"] or restarts):
             trials.append(trial := Trial())
         if line["seed"]:

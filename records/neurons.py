@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
 
+TEXT_BYTES = 2**30  # of a file, at most: GPT-2 small with --neurons 4
 CRITERIA = ("leverage", "gradient", "update")
 
 
@@ -54,11 +55,16 @@ def read(log: str) -> list[Look]:
     path = Path(log) if log.endswith(".gz") else Path(log).with_suffix(".neurons.jsonl.gz")
     if not path.is_file():
         raise ValueError(f"{path}: no such file: train_gpt.py --neurons K writes it, every K steps")
-    looks, rest = [], path.read_bytes()
+    if path.stat().st_size > TEXT_BYTES:
+        raise ValueError(f"{path} is larger than {TEXT_BYTES >> 20} MiB")
+    looks, rest, room = [], path.read_bytes(), TEXT_BYTES
     try:
         while rest:
             member = zlib.decompressobj(wbits=31)  # gzip; one a step
-            text = member.decompress(rest)
+            text = member.decompress(rest, room)
+            room -= len(text)
+            if room <= 0:  # a few bytes may become any number
+                raise ValueError(f"more than {TEXT_BYTES >> 20} MiB of text")
             if not member.eof:
                 print(f"{path} is cut off after {len(looks)} records", file=sys.stderr)
                 break

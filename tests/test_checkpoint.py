@@ -291,8 +291,6 @@ def test_run_sh_leaves_a_checkpoint_its_recipe(words, tmp_path):
     """Kills: @tiny before --resume, which takes no values, or over those of the run that a fork leaves."""
     (tmp_path / "run.sh").write_text((ROOT / "run.sh").read_text())
     (tmp_path / "requirements.txt").write_text("pins\n")
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "a.txt").touch()
     for name in ("pip", "python", "torchrun"):
         stub = tmp_path / ".venv" / "bin" / name
         stub.parent.mkdir(parents=True, exist_ok=True)
@@ -302,5 +300,5 @@ def test_run_sh_leaves_a_checkpoint_its_recipe(words, tmp_path):
     subprocess.run(["bash", "run.sh", *words], cwd=tmp_path, check=True,
                    env={"PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": ""})
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls[0] == " ".join(["python train_gpt.py --dry-run", *words])
+    assert calls[0] == " ".join(["python -m records doctor --", *words])
     assert calls[1].endswith(" ".join(["train_gpt.py", *words])) and "--nproc_per_node=1 " in calls[1]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -281,36 +282,78 @@ def test_the_standard_library_is_the_default(tmp_path, gpt2):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub whose files are 10 tokens; `calls` are its downloads, `broken` the next ones that arrive damaged."""
-    hub = SimpleNamespace(folder=tmp_path / "fineweb10B", calls=[], broken=0)
+    hub = SimpleNamespace(folder=tmp_path / "fineweb10B", calls=[], broken=0, asked=0, entries=[])
+    whole = tmp_path / "whole"
+    sha256 = shards.write_shard(whole, np.arange(10, dtype=np.uint16))
+    for number in range(104):
+        name = f"fineweb_{'train' if number else 'val'}_{number:06d}.bin"
+        hub.entries.append(SimpleNamespace(path=name, size=1044, lfs=SimpleNamespace(sha256=sha256)))
 
-    def download(repository, name, *, repo_type, local_dir, force_download=False):
-        assert (repository, repo_type) == ("kjj0/fineweb10B-gpt2", "dataset")
+    class Api:
+        def dataset_info(self, repository):
+            hub.asked += 1
+            return SimpleNamespace(sha="abc")
+
+        def list_repo_tree(self, repository, folder, *, repo_type, revision):
+            assert (repository, folder, repo_type, revision) == ("kjj0/fineweb10B-gpt2", None, "dataset", "abc")
+            return iter([SimpleNamespace(path=".gitattributes"), *hub.entries])
+
+    def download(repository, name, *, repo_type, revision, local_dir, force_download):
+        assert (repository, repo_type, revision) == ("kjj0/fineweb10B-gpt2", "dataset", "abc")
         hub.calls.append(name)
         if force_download or not (local_dir / name).exists():  # as the real one: what exists is not looked at
-            shards.write_shard(local_dir / name, np.arange(10, dtype=np.uint16))
-            if hub.broken:
-                hub.broken -= 1
-                (local_dir / name).write_bytes(b"half")
+            hub.broken -= 1
+            (local_dir / name).write_bytes(b"half" if hub.broken >= 0 else whole.read_bytes())
 
     monkeypatch.setattr(cached_fineweb10B, "FOLDER", hub.folder)
+    monkeypatch.setattr(cached_fineweb10B, "HfApi", Api)
     monkeypatch.setattr(cached_fineweb10B, "hf_hub_download", download)
     return hub
 
 
-def test_download_fetches_what_is_not_whole(hub):
-    """Catches a damaged shard taken for whole, a whole one fetched again, and N counted from another number."""
+def test_download_fetches_what_is_not_whole(hub, capsys):
+    """Catches a damaged shard taken for whole, one byte of it among them; a whole one fetched again; a hub asked again
+    for what the manifest says; N counted from another number; a damaged shard replaced without a word."""
     names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
     cached_fineweb10B.main(["2"])
     assert hub.calls == names and sorted(contents(hub.folder)) == sorted([*names, "manifest.json"])
     manifest = json.loads((hub.folder / "manifest.json").read_text())
-    assert manifest["dataset"] == "kjj0/fineweb10B-gpt2"
-    assert manifest["shards"] == {name: {"tokens": 10} for name in names}
+    assert (manifest["dataset"], manifest["revision"]) == ("kjj0/fineweb10B-gpt2", "abc")
+    sha256 = hashlib.sha256((hub.folder / names[0]).read_bytes()).hexdigest()
+    assert len(manifest["shards"]) == 104 and manifest["shards"][names[0]] == {"tokens": 10, "sha256": sha256}
     cached_fineweb10B.main(["2"])
-    assert hub.calls == names
-    (hub.folder / names[1]).write_bytes((hub.folder / names[1]).read_bytes()[:-2])
+    assert hub.calls == names and hub.asked == 1
+    path = hub.folder / names[1]
+    for raw, fault in ((path.read_bytes()[:-2], "1,042 bytes where the 10 tokens of its header need 1,044"),
+                       (path.read_bytes()[:-1] + b"x", "its sha256 is another than the one on record")):
+        path.write_bytes(raw)
+        capsys.readouterr()
+        before = len(hub.calls)
+        cached_fineweb10B.main(["2"])
+        assert hub.calls[before:] == names[1:2] and hub.asked == 1
+        assert capsys.readouterr().out.splitlines()[0] == f"{names[1]} (1 of 1): {fault}; fetching it again"
+        assert shards.check_shard(path, sha256) == 10
+
+
+def test_shards_that_were_copied_here(hub, monkeypatch):
+    """Catches whole shards without a manifest that are useless without a network; a missing one passed over there."""
     cached_fineweb10B.main(["2"])
-    assert hub.calls == names + names[1:2]
-    assert shards.check_shard(hub.folder / names[1]) == 10
+    (hub.folder / "manifest.json").unlink()
+    monkeypatch.setattr(cached_fineweb10B, "HfApi", lambda: 1 / 0)
+    cached_fineweb10B.main(["2"])
+    with pytest.raises(OSError, match=r"kjj0/fineweb10B-gpt2 cannot be fetched \(division by zero\)"):
+        cached_fineweb10B.main(["3"])
+
+
+def test_a_manifest_is_believed_only_if_it_tells_the_hashes(hub):
+    """Catches a traceback on what stands in manifest.json, and shards whose hash it does not tell taken on trust."""
+    cached_fineweb10B.main(["1"])
+    good = (hub.folder / "manifest.json").read_text()
+    for number, text in enumerate(["[", "[]", "{}", good.replace("revision", ""), good.replace("sha256", "")], 2):
+        (hub.folder / "manifest.json").write_text(text)
+        (hub.folder / "fineweb_val_000000.bin").unlink()
+        cached_fineweb10B.main(["1"])
+        assert hub.asked == number and len(hub.calls) == number + 1
 
 
 def test_a_second_damaged_download_is_an_error(hub):
@@ -326,18 +369,22 @@ def test_a_second_damaged_download_is_an_error(hub):
 
 
 def test_download_needs_room_and_a_network(hub, monkeypatch):
-    """Catches a disk that fills up half-way, an error of the hub client that escapes, and an N without meaning."""
+    """Catches a disk that fills up half-way, also with what a killed download left; an error of the hub client that
+    escapes; an N without meaning."""
     with pytest.raises(ValueError, match="ask for 1 to 103"):
         cached_fineweb10B.main(["104"])
+    left = hub.folder / ".cache" / "huggingface" / "download" / "x.1a2b3c4d.incomplete"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    for entry in hub.entries:
+        entry.size = 200_001_024
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 200_001_024 - 1))
+        patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 * 200_001_024 - 1 + left.exists()))
         with pytest.raises(ValueError, match="3 shards need 0.6 GB"):
             cached_fineweb10B.main(["2"])
         assert hub.calls == []
-        cached_fineweb10B.main(["1"])
-        cached_fineweb10B.main(["2"])
     monkeypatch.setattr(cached_fineweb10B, "hf_hub_download", lambda *_, **__: 1 / 0)
-    with pytest.raises(OSError, match=r"fineweb_train_000003.bin cannot be fetched \(division by zero\)"):
+    with pytest.raises(OSError, match=r"fineweb_val_000000.bin cannot be fetched \(division by zero\)"):
         cached_fineweb10B.main(["3"])
 
 
@@ -389,7 +436,7 @@ def test_fineweb_comes_from_one_revision_in_order(tmp_path, gpt2, monkeypatch):
         assert (repository, repo_type, revision) == ("HuggingFaceFW/fineweb", "dataset", "abc")
         return str(tmp_path / Path(name).name)
 
-    monkeypatch.setattr(fineweb, "HfApi", Api)
+    monkeypatch.setattr(cached_fineweb10B, "HfApi", Api)
     monkeypatch.setattr(fineweb, "hf_hub_download", download)
     fineweb.main(["--out", str(tmp_path / "out"), "--shard-tokens", "3"])
     assert read(tmp_path / "out").tolist() == opened(gpt2.encode(f"file {name}") for name in ("000", "001"))
@@ -411,7 +458,86 @@ def test_fineweb_sample_decodes_to_itself(tmp_path, gpt2, monkeypatch):
     assert np.count_nonzero(tokens == EOT) == len(lines)
 
 
+def test_a_document_of_50_mb(tmp_path, gpt2):
+    """Catches a tokenizer, a batch or a shard that gives way under one long document; a shard that loses a part."""
+    text = (" understanding government responsibility information" * 10 + "<|endoftext|>\0") * 94_000
+    (tmp_path / "long.txt").write_text(text)
+    fineweb.main([str(tmp_path / "long.txt"), "--out", str(tmp_path / "out"), "--shard-tokens", "3000000"])
+    tokens = read(tmp_path / "out")
+    assert len(text) > 50e6 and np.flatnonzero(tokens == EOT).tolist() == [0] and gpt2.decode(tokens[1:]) == text
+
+
 # ---- all of them ----
+
+
+# A program that waits after each file in its folder; and, of the hub, a client that does as the real one: it takes a
+# lock on the file, deletes what another process has fetched meanwhile, and fetches it.
+SLOW = """
+import fcntl, os, sys, time
+from types import SimpleNamespace
+import numpy as np
+import shards
+import {module} as program
+
+def slow(source, target, replace=os.replace):
+    replace(source, target)
+    time.sleep(float(os.environ["PAUSE"]) * (target.parent.name == "out"))
+
+def download(repository, name, *, local_dir, **_):
+    with open(local_dir.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (local_dir / name).unlink(missing_ok=True)
+        with open(local_dir.parent / "calls", "a") as calls:
+            calls.write(name + "\\n")
+        shards.write_shard(local_dir / name, np.arange(10, dtype=np.uint16))
+
+class Api:
+    def dataset_info(self, repository):
+        return SimpleNamespace(sha="abc")
+
+    def list_repo_tree(self, *_, **__):
+        sha256 = "{sha256}"
+        names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{{n:06d}}.bin" for n in range(1, 104)]
+        return [SimpleNamespace(path=name, size=1044, lfs=SimpleNamespace(sha256=sha256)) for name in names]
+
+if __name__ == "__main__":
+    os.replace = slow
+    if program.__name__ == "cached_fineweb10B":
+        program.FOLDER, program.HfApi, program.hf_hub_download = shards.Path("{out}"), Api, download
+    with shards.one_line_errors("x"):
+        program.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("module, first, second", [
+    ("local", ["{texts}", "--out", "{out}", "--encoding", "bytes", "--val-tokens", "300", "--shard-tokens", "200"],
+     ["{texts}", "--out", "{out}", "--encoding", "bytes", "--val-tokens", "300", "--shard-tokens", "210"]),
+    ("fineweb", ["{texts}/0.txt", "{texts}/deep/1.txt", "--out", "{out}", "--shard-tokens", "6"],
+     ["{texts}/0.txt", "{texts}/deep/1.txt", "--out", "{out}", "--shard-tokens", "7"]),
+    ("cached_fineweb10B", ["12"], ["13"]),
+])
+def test_two_processes_in_one_folder(module, first, second, texts, tmp_path, gpt2):
+    """Catches shards of one making among those of another, a file that the other process has just removed, a manifest
+    of what is not there; a download that is made twice, the first one deleted for it."""
+    out, script = tmp_path / "out", tmp_path / "slow.py"
+    sha256 = shards.write_shard(tmp_path / "whole", np.arange(10, dtype=np.uint16))
+    script.write_text(SLOW.format(module=module, out=out, sha256=sha256))
+    programs = []
+    for words, pause in ((first, "0.15"), (second, "0")):
+        command = [sys.executable, str(script), *(word.format(texts=texts[0], out=out) for word in words)]
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "data"), "PAUSE": pause}
+        programs.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        while programs[0].poll() is None and not list(out.glob("*_val_*")):  # the second starts amid the first's files
+            time.sleep(0.01)
+    assert [(program.communicate(timeout=60)[1], program.returncode) for program in programs] == [("", 0)] * 2
+    manifest = json.loads((out / "manifest.json").read_text())
+    here = {path.name for path in out.iterdir()} - {"manifest.json"}
+    for name in here:
+        shards.check_shard(out / name, manifest["shards"][name]["sha256"])
+    if module == "cached_fineweb10B":
+        assert len(here) == 14 and len((tmp_path / "calls").read_text().splitlines()) == 14
+    else:
+        assert here == manifest["shards"].keys() and len(here) > 5
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,10 @@
-"""Damaged logs: 10,000 of them, with a fixed seed. Every test was seen to fail."""
+"""Damaged logs: 10,000 of them, with a fixed seed; and large ones. Every test was seen to fail."""
 
+import gzip
 import json
+import resource
+import subprocess
+import sys
 
 import pytest
 
@@ -8,8 +12,10 @@ hypothesis = pytest.importorskip("hypothesis")
 
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from conftest import ROOT  # noqa: E402
 from test_records import MACHINE, OURS, RULE, curve, write  # noqa: E402
 
+from records import neurons  # noqa: E402
 from records.__main__ import main  # noqa: E402
 from records.log import interpret  # noqa: E402
 from records.sample import from_logs  # noqa: E402
@@ -108,3 +114,37 @@ def test_a_log_is_never_executed(tmp_path, capsys):
                   ["plan", path], ["reproduce", path], ["compare", path, "17"]):
         main(words)
     assert not trap.exists() and "not a number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"step:1/2 val_loss:3.0 train_time:1s\n" * 2**19, "it is larger than 16 MiB"),
+    (b"x" * 2**24 + LOG, "it is larger than 16 MiB"),
+    (b"a = 1\n" * 2**18 + RULE.encode() + b"facts\n" + RULE.encode(), "no program before its line of = (2 MB, larger"),
+])
+def test_large_logs(tmp_path, capsys, content, says):
+    """Kills: a log, a line or a program that takes all memory: its syntax tree is some hundred times as large."""
+    (tmp_path / "a.txt").write_bytes(content)
+    assert main(["verify", str(tmp_path / "a.txt")]) == 2
+    assert capsys.readouterr().err.endswith(f"a.txt is no log: {says}{' than any)' if '(' in says else ''}\n")
+
+
+def test_a_device_in_place_of_a_log():
+    """Kills: an unbounded read. 1 GiB of address space is far more than the desk takes."""
+    limit = (resource.RLIMIT_AS, (2**30, 2**30))
+    run = subprocess.run([sys.executable, "-m", "records", "verify", "/dev/zero"], cwd=ROOT, capture_output=True,
+                         text=True, preexec_fn=lambda: resource.setrlimit(*limit), timeout=60)
+    assert (run.returncode, run.stderr) == (2, "records: /dev/zero is no log: it is larger than 16 MiB\n")
+
+
+def test_a_bomb_among_the_neurons(tmp_path, monkeypatch, capsys):
+    """Kills: memory for whatever a few compressed bytes, or many members of them, claim to be; a large file read."""
+    path = tmp_path / "a.neurons.jsonl.gz"
+    look = dict(seed=0, step=1, layer=0, matrix="fc", inputs=1, leverage=[], momentum=[], gradient=[], update=[])
+    whole = gzip.compress(json.dumps(look).encode().ljust(2**19) + b"\n")
+    monkeypatch.setattr(neurons, "TEXT_BYTES", 2**20)
+    for content in (gzip.compress(b"{" * 2**21), whole * 2, bytes(2**20 + 1)):
+        path.write_bytes(content)
+        assert main(["neurons", str(path)]) == 2
+        assert " 1 MiB" in capsys.readouterr().err
+    path.write_bytes(whole)
+    assert main(["neurons", str(path)]) == 2 and "no whole record" in capsys.readouterr().err

@@ -11,6 +11,11 @@ from records import doctor
 from records.__main__ import main
 
 HEALTHY = "0, NVIDIA H100 80GB HBM3, 9.0, 81559, 4\n1, NVIDIA H100 80GB HBM3, 9.0, 81559, 4\n"
+NODE = "".join(f"{index}, NVIDIA H100 80GB HBM3, 9.0, 81559, 4\n" for index in range(8))
+SMALL = "0, NVIDIA GeForce RTX 3090, 8.6, 24576, 20\n"
+RECORD = dict(batch_tokens=524288, sequence_length=1024, micro_batch=64, vocab_size=50304, num_layers=12, model_dim=768,
+              mlp_dim=3072, activation="relu2", direction="aurora", train_steps=3200, trials=1, checkpoints=0,
+              fineweb_shards=17)  # as the trainer's defaults
 
 
 @pytest.fixture
@@ -18,8 +23,10 @@ def machine(tmp_path, monkeypatch):
     """A machine with the pinned packages, in whose nvidia-smi a test can write; the dry run is a stub."""
     pinned = doctor.pins((ROOT / "requirements.txt").read_text())
     monkeypatch.setattr(doctor, "version", pinned.get)
-    monkeypatch.setattr(doctor, "dry_run", lambda words, world: (f"{words} in {world} processes", []))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(doctor, "dry_run", lambda words, world: (
+        RECORD, f"162,354,816 parameters, {words} in {world} processes", []))
+    for name in ("CUDA_VISIBLE_DEVICES", "WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
 
@@ -40,16 +47,17 @@ def test_a_healthy_machine(machine, capsys):
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0].endswith(", 2 x NVIDIA H100 80GB HBM3")
-    assert said[1:] == ["[] in 2 processes", "nothing found: it can start"]
+    assert said[1].endswith(" parameters, [] in 2 processes") and said[3:] == ["nothing found: it can start"]
 
 
 def test_gpus_that_are_hidden(machine, monkeypatch):
     """Kills: a plan for GPUs that the run would not see."""
     machine(HEALTHY)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert doctor.doctor([])["plan"] == "[] in 1 processes"
+    assert doctor.doctor([])["plan"].splitlines()[0].endswith(", [] in 1 processes")
+    machine("Failed to initialize NVML: Unknown Error\n", 255)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert doctor.doctor([])["plan"] == "['@tiny'] in 1 processes"
+    assert doctor.doctor([])["plan"].endswith(", ['@tiny'] in 1 processes") and not found()
 
 
 @pytest.mark.parametrize("rows, code, torch, what", [
@@ -77,10 +85,13 @@ def test_what_is_known_to_be_well(torch, capability, machine):
 
 
 def test_a_missing_package_and_its_remedy(machine, capsys):
-    """Kills: a finding without a reason or a command; code 0 over a finding."""
+    """Kills: a finding without a reason or a command; code 0 over one that ends the run, 1 over one that does not."""
+    machine(HEALTHY)["tqdm"] = "0.1"
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out.splitlines()[3] == "WARNING: tqdm 0.1, pinned is 4.70.1"
     del machine(HEALTHY)["tqdm"]
     assert main(["doctor"]) == 1
-    said = capsys.readouterr().out.splitlines()[2:]
+    said = capsys.readouterr().out.splitlines()[3:]
     assert [line.split(":")[0] for line in said] == ["FOUND", "  why it matters", "  mend"]
     assert "tqdm is missing" in said[0] and "pip install -r requirements.txt" in said[2]
 
@@ -103,9 +114,61 @@ def test_a_folder_that_takes_no_log(machine, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.tempfile, "TemporaryFile", refuse)
     assert found() == [f"{tmp_path} cannot be written: Permission denied"]
     monkeypatch.undo()
-    assert doctor.disk(tmp_path) == [] and sorted(os.listdir(tmp_path)) == before
+    assert doctor.disk(tmp_path, 0) == [] and sorted(os.listdir(tmp_path)) == before
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=2**20))
-    assert doctor.disk(tmp_path)[0].what.startswith("1 MiB are free")
+    (finding,) = doctor.disk(tmp_path, 0)
+    assert finding.ends and (finding.what[:14], finding.mend) == ("1 MiB are free", "make 20 MiB free")
+
+
+def test_room_for_checkpoints(machine, monkeypatch):
+    """Kills: a first checkpoint that fits and a second that does not, as the one before stays until it is whole."""
+    machine(NODE)
+    monkeypatch.setitem(RECORD, "checkpoints", 250)
+    for free, what in ((3.8e9, ["3624 MiB are free for"]), (4e9, [])):
+        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=int(free)))
+        assert [line[:len("3624 MiB are free for")] for line in found()] == what
+    monkeypatch.setitem(RECORD, "checkpoints", 0)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: SimpleNamespace(free=10**8))
+    assert found() == []
+
+
+@pytest.mark.parametrize("rows, free, mend", [
+    (NODE, None, None), (SMALL, "24.0", "micro_batch=16"), (SMALL.replace("24576", "49152"), "48.0", "micro_batch=32"),
+    (NODE.replace("81559, 4\n", "81559, 60000\n", 1), "21.1", "micro_batch=16"),
+    (SMALL.replace("24576", "4096"), "4.0", "use GPUs with more memory")])
+def test_the_micro_batch_that_fits(rows, free, mend, machine):
+    """Kills: the total memory taken for the free one; the roomiest GPU taken for all; a size that does not divide the
+    batch; a warning that would end the run. By hand, for 64 sequences: 18 bytes x 162.3M = 2.9 GB; 1024 tokens x
+    (12 layers x 13824 x 2 bytes + 50304 x 8 bytes) = 0.752 GB a sequence; 2.1 GB: 53.2 GB or 50 GiB."""
+    machine(rows)
+    findings = [f for f in doctor.doctor([])["findings"] if "micro-batch" in f["what"]]
+    assert not any(f["ends"] for f in findings)
+    assert [f["what"] for f in findings] == ([] if free is None else [
+        f"{free} GiB of a GPU are free, a micro-batch of 64 sequences may take 50 (computed, not measured)"])
+    assert not findings or findings[0]["mend"].startswith(mend)
+
+
+@pytest.mark.parametrize("rows, words, says", [
+    (NODE, [], "time: 8 minutes of steps, 2.80 at 2.5 a GPU-hour; after the 157 ms a step on 8 x H100"),
+    (HEALTHY, [], "time: 34 minutes of steps, 2.80 at 2.5 a GPU-hour; after the 157 ms a step on 8 x H100"),
+    (SMALL, [], "time: no step of this run was published for NVIDIA GeForce RTX 3090"),
+    (NODE, ["not a record attempt"], "time: no step of this run was published for NVIDIA H100 80GB HBM3"),
+])
+def test_time_and_cost(rows, words, says, machine):
+    """Kills: a time for GPUs or models of which none is known; one for 8 GPUs told of 2; the price of a GPU taken for
+    that of the node. 3200 steps of 157.3 ms are 503 s: 1.12 GPU-hours."""
+    machine(rows)
+    assert doctor.doctor(words, 2.5)["plan"].splitlines()[1].startswith(says)
+
+
+def test_a_port_that_is_taken(machine, monkeypatch):
+    """Kills: processes started by hand that wait for each other on a port of another program."""
+    machine(HEALTHY)
+    with doctor.socket.create_server(("localhost", 0)) as taken:
+        number = taken.getsockname()[1]
+        assert found() == []
+        monkeypatch.setenv("MASTER_PORT", str(number))
+        assert found() == [f"port {number} of localhost cannot be opened: Address already in use"]
 
 
 def test_the_run_itself(small, tmp_path, monkeypatch, capsys):
@@ -115,6 +178,10 @@ def test_the_run_itself(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "packages", lambda gpus: [])
     assert main(["doctor", "--json", *small]) == 0
     assert "40 steps of 256 tokens" in json.loads(capsys.readouterr().out)["plan"]
+    assert main(["doctor", "--", *small, "--trials", "0"]) == 1
+    assert capsys.readouterr().out.splitlines()[1] == "FOUND: --seed 0 --trials 0"
+    assert main(["doctor", "train_steps=4000"]) == 1
+    assert capsys.readouterr().out.splitlines()[3] == "  mend: python data/cached_fineweb10B.py 22"
     write_shard(tmp_path / "train_1.bin", range(2000), count=1999)
     assert main(["doctor", *small, "train_files=train_*.bin"]) == 1
     assert capsys.readouterr().out.splitlines()[1:] == [

@@ -30,24 +30,44 @@ def test_commands_of_the_readme_are_understood():
 
 def test_run_sh_with_gpus(tmp_path):
     """Kills: a start without data or without the checks, on another number of processes than there are GPUs, with
-    the tiny recipe, without the verdict, with arguments lost on the way. Stubs stand for Python and torchrun."""
+    the tiny recipe, without the verdict or with that of a newer log, with arguments lost on the way; what the trainer
+    says swallowed, or written over in a file. Stubs stand for Python and torchrun."""
     (tmp_path / "run.sh").write_text((ROOT / "run.sh").read_text())
     (tmp_path / "requirements.txt").write_text("pins\n")
     (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "a.txt").touch()
+    (tmp_path / "logs" / "newer.txt").touch()
     for name in ("bin/nvidia-smi", ".venv/bin/pip", ".venv/bin/python", ".venv/bin/torchrun"):
         stub = tmp_path / name
         stub.parent.mkdir(parents=True, exist_ok=True)
         stub.write_text('#!/bin/sh\ncase "$*" in *device_count*) echo 8; exit;; -L) echo GPU 0; exit;; esac\n'
-                        'case "$*" in *--fineweb-shards*) echo 17;; esac\n'
+                        'case "$*" in *--fineweb-shards*) echo 17;; *doctor*) echo well;; *verify*) echo PASS;; esac\n'
+                        'case "$0" in *torchrun) echo step; echo log: logs/a.txt;; esac\n'
                         f'echo "{stub.name} $* WORLD_SIZE=$WORLD_SIZE" >> calls\n')
         stub.chmod(0o755)
     (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")
-    subprocess.run(["bash", "run.sh", "mu=0.9", "--seed", "3"], cwd=tmp_path, check=True,
-                   env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin"})
+    with open(tmp_path / "said", "w") as said:
+        subprocess.run(["bash", "run.sh", "mu=0.9", "--seed", "3"], cwd=tmp_path, check=True, stdout=said,
+                       env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin"})
+    assert (tmp_path / "said").read_text() == "well\nstep\nlog: logs/a.txt\nPASS\n"
     assert (tmp_path / "calls").read_text().splitlines() == [
         "python train_gpt.py --fineweb-shards mu=0.9 --seed 3 WORLD_SIZE=",
         "python data/cached_fineweb10B.py 17 WORLD_SIZE=",
-        "python train_gpt.py --dry-run mu=0.9 --seed 3 WORLD_SIZE=8",
+        "python -m records doctor -- mu=0.9 --seed 3 WORLD_SIZE=8",
         "torchrun --standalone --nproc_per_node=8 train_gpt.py mu=0.9 --seed 3 WORLD_SIZE=",
         "python -m records verify logs/a.txt WORLD_SIZE="]
+
+
+def test_run_sh_stops_where_the_doctor_finds_an_end(tmp_path):
+    """Kills: a paid start of what cannot run; a verdict on another run's log where the trainer fails."""
+    (tmp_path / "run.sh").write_text((ROOT / "run.sh").read_text())
+    (tmp_path / "requirements.txt").write_text("pins\n")
+    for name in ("pip", "python", "torchrun"):
+        stub = tmp_path / ".venv" / "bin" / name
+        stub.parent.mkdir(parents=True, exist_ok=True)
+        stub.write_text(f'#!/bin/sh\necho "{name} $*" >> calls\ncase "{name} $*" in *$BAD*) exit 1;; esac\n')
+        stub.chmod(0o755)
+    (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")
+    for bad, last in (("doctor", "python -m records doctor -- @tiny"), ("torchrun", "train_gpt.py @tiny")):
+        run = subprocess.run(["bash", "run.sh"], cwd=tmp_path,
+                             env={"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "BAD": bad})
+        assert run.returncode == 1 and (tmp_path / "calls").read_text().splitlines()[-1].endswith(last)
