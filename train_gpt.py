@@ -102,8 +102,8 @@ class Hyperparameters:
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.type is int and value < 1 or f.type is float and not 0 <= value < math.inf:
-                bound = "at least 1" if f.type is int else "finite and not negative"
+            if f.type is int and not 1 <= value < 2**63 or f.type is float and not 0 <= value < math.inf:
+                bound = "at least 1 and below 2^63" if f.type is int else "finite and not negative"
                 raise ValueError(f"{f.name}={value}: it is {bound}")
         for whole, part in (("batch_tokens", "sequence_length"), ("val_tokens", "sequence_length"),
                             ("model_dim", "head_dim")):
@@ -116,6 +116,8 @@ class Hyperparameters:
                 raise ValueError(f"{name}={getattr(self, name)!r}: it is one of {', '.join(choices)}")
         if self.direction != "adamw":
             check_direction(self.direction, self.pp_iterations, self.pp_beta)
+        if self.mlp_expansion * self.model_dim >= 2**31:
+            raise ValueError(f"mlp_expansion={self.mlp_expansion}: {self.model_dim} times that is too many neurons")
         if not self.mlp_dim:
             raise ValueError(f"mlp_expansion={self.mlp_expansion}: no neuron is left of {self.model_dim} times that")
         for name in ("adam_beta1", "adam_beta2", "mu"):
@@ -163,7 +165,13 @@ def recipe(name: str) -> list[str]:
     path = next((p for p in (Path(name), HERE / "records" / name / "recipe") if p.is_file()), None)
     if path is None:
         raise ValueError(f"@{name}: there is no records/{name}/recipe and no file {name}")
-    lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
+    try:
+        if path.stat().st_size > 2**16:
+            raise ValueError
+        text = path.read_text()
+    except ValueError:
+        raise ValueError(f"{path} is no recipe: it is a text of at most 64 KiB, one NAME=VALUE a line") from None
+    lines = (line.split("#")[0].strip() for line in text.splitlines())
     return [line for line in lines if line]
 
 
@@ -1007,7 +1015,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def complain(message):
     """End with one line a node, exit code 1: what a person did is told once, not by each rank."""
-    sys.exit(f"train_gpt.py: {message}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+    sys.exit(f"train_gpt.py: {' '.join(str(message).split())}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
 
 def plan(hp: Hyperparameters, world: int) -> str:
