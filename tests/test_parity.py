@@ -12,6 +12,7 @@ import train_gpt
 from bench import parity, parity_power
 from records import published
 from records.log import Trial, read
+from records.sample import Sample, common_moments
 from records.statistics import Moments
 
 STAND_IN = ROOT / "tests" / "stand_in.py"
@@ -75,10 +76,10 @@ def test_lays_out_tokens(tmp_path):
     for name, tokens in (("local_train_1", first), ("local_train_2", second), ("local_val_0", first)):
         write_shard(tmp_path / f"{name}.bin", tokens)
     words = [f"train_files={tmp_path}/local_train_*.bin", f"val_files={tmp_path}/local_val_*.bin", "batch_tokens=256",
-             "sequence_length=32", "val_tokens=512", "vocab_size=257"]
+             "sequence_length=32", "val_tokens=512", "vocab_size=257", "val_every=1"]
     said = parity.lay_out(parity.hyperparameters(words, 7), tmp_path / "data")
-    assert said == ("On local text, not FineWeb: 900 bytes, 3 batches of 256: in 7 steps each is seen 2.3 times, in one "
-                    "order.")
+    assert said == ("On local text, not FineWeb: 900 bytes, 3 batches of 256: in 7 steps each is seen 2.3 times, "
+                    "in one order.")
     shards = train_gpt.find_shards(f"{tmp_path}/data/fineweb10B/fineweb_train_*.bin", 256, 7, 257)
     read = [list(train_gpt.open_shard(path)) for path in shards]
     assert read == [list(first), [256, *second[1:]]] * 2 + [list(first)]
@@ -87,30 +88,34 @@ def test_lays_out_tokens(tmp_path):
     assert len(list((tmp_path / "data" / "fineweb10B").iterdir())) == 3
 
 
-def runs(record: int) -> list[Trial]:
+def sample(trials: list[Trial]) -> Sample:
+    return Sample("", 3.28, trials, trials, common_moments(trials), trials[0].train_steps)
+
+
+def published_runs(record: int) -> list[Trial]:
     return [Trial(losses=losses, train_steps=3200) for losses in published.curves(record).values()]
 
 
 def test_verdict_on_published_runs():
     """Kills: a verdict that is always yes or always no, a band of the wrong width. Result #17 against itself, its odd
     runs and its even ones; and against #11, whose mean at step 2000 is .003 and three standard errors higher."""
-    seventeen, eleven = runs(17), runs(11)
-    same = parity.judge(parity_power.sample(seventeen[::2]), parity_power.sample(seventeen[1::2]))
+    seventeen, eleven = published_runs(17), published_runs(11)
+    same = parity.judge(sample(seventeen[::2]), sample(seventeen[1::2]))
     assert same["verdict"] and same["judged"] == 36
-    differs = parity.judge(parity_power.sample(seventeen), parity_power.sample(eleven))
+    differs = parity.judge(sample(seventeen), sample(eleven))
     assert not differs["verdict"]
     assert parity.sentence(differs).startswith("NO PARITY: at step ") and parity.sentence(same).startswith("PARITY: ")
 
 
-def curves(source: random.Random, n: int, last: float = 0.0) -> list[Trial]:
-    """Of independent evaluations: the worst case of Bonferroni's inequality."""
-    return [Trial(losses={0: 5.5} | {step: source.gauss(0, 0.01) + last * (step == 200) for step in range(25, 201, 25)},
-                  train_steps=200) for _ in range(n)]
+def curves(source: random.Random, n: int, shift: float, steps) -> list[Trial]:
+    """Of independent evaluations, the worst case of Bonferroni's inequality; the last one is shifted."""
+    return [Trial(losses={0: 5.5} | {step: source.gauss(shift * (step == steps[-1]), 0.01) for step in steps},
+                  train_steps=steps[-1]) for _ in range(n)]
 
 
-def refusals(source: random.Random, n: int, last: float, times: int) -> float:
-    return sum(not parity.judge(parity_power.sample(curves(source, n)), parity_power.sample(curves(source, n, last)))
-               ["verdict"] for _ in range(times)) / times
+def refusals(source: random.Random, n: int, shift: float, times: int, steps=range(25, 201, 25)) -> float:
+    return sum(not parity.judge(*(sample(curves(source, n, x, steps)) for x in (0, shift)))["verdict"]
+               for _ in range(times)) / times
 
 
 def test_a_faithful_script_is_accepted_at_the_stated_rate():
@@ -125,6 +130,36 @@ def test_the_stated_difference_is_refused_in_nine_of_ten(n):
     have a standard error of 1.5%; rounding up, and the other six evaluations, which refuse 4%, add up to 4%."""
     last = parity.compare(200, *[Moments(n, 0.0, 0.01)] * 2, parity.LEVEL / 7)["refused_in_90%"]
     assert 0.86 < refusals(random.Random(2), n, last, 400) < 0.98
+
+
+def test_each_planted_difference_is_one():
+    """Kills: a difference that is planted nowhere, in two places, or that breaks the script, which would pass for one
+    that is refused; two names for one difference."""
+    texts = [parity_power.planted(SOURCE, changes) for changes in parity_power.PLANTED.values()]
+    assert texts[0] == SOURCE and len(set(texts)) == len(texts) == 9
+    for text, changes in zip(texts, parity_power.PLANTED.values()):
+        compile(text, "stand_in.py", "exec")
+        assert len(changed(SOURCE, text)) == 2 * bool(changes)  # of one line
+
+
+def test_the_study_of_a_known_effect():
+    """Kills: an effect against ours in place of the faithful script, a sign exchanged, deviations in place of standard
+    errors, a chance of one evaluation. Initial weights spread by .01; rounding, and the effect of .02, by .001."""
+    source = random.Random(4)
+
+    def trials(shift):
+        return [Trial(losses={step: w + shift * (step == 100) + source.gauss(0, 0.001) for step in range(20, 101, 20)},
+                      train_steps=100) for w in weights]
+
+    weights = [source.gauss(3, 0.01) for _ in range(40)]
+    runs = {"ours": trials(0), "none": trials(0), "beta .25": trials(0.02)}
+    row, effects = parity_power.study(runs, "beta .25")
+    assert row["step"] == 100 and effects[100].value == pytest.approx(0.02, abs=0.0008)
+    assert row["in pairs"] == "refused, step 100" and parity_power.study(runs, "none")[0]["in pairs"] == "accepted"
+    shift = 0.01 * float(row["in deviations"])
+    assert 0.86 < refusals(source, row["n for 90%"], shift, 400, range(40, 101, 20)) < 0.97
+    assert refusals(source, 3, shift, 400, range(40, 101, 20)) == pytest.approx(
+        float(row["chance at n=3"][:-1]) / 100, abs=0.08)
 
 
 @pytest.fixture(scope="module")
