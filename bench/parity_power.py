@@ -41,6 +41,7 @@ PLANTED = {
     "weight decay .01": [("weight_decay=0.0", "weight_decay=0.01")],
     "cooldown .6": [("/ 0.7)", "/ 0.6)")],
     "rotary: one sign wrong": [TURNED],
+    # the same model with half of the rows of q and k negated, as likely at the start: no n can tell it
     "rotary: turned backwards": [TURNED, ("a * angle.cos() + b * angle.sin()", "a * angle.cos() - b * angle.sin()")],
 }
 
@@ -98,7 +99,8 @@ def study(runs: dict[str, list[Trial]], name: str) -> tuple[dict, dict[int, Diff
     return {
         "planted": name,
         "step": step,
-        "effect, nats": f"{effect.value:+.4f} +- {effect.half_width():.4f}",
+        "effect, nats": "the same curves" if not any(d.value or d.error for d in effects.values()) else
+                        f"{effect.value:+.4f} +- {effect.half_width():.4f}",
         "in deviations": f"{effect.value / sd[step]:+.2f}",
         "chance at n=3": f"{chance(3):.1%}",
         "n for 90%": (needed or "over 1000") if known else "not known",
@@ -141,8 +143,9 @@ def main(words: list[str]):
     lines += [f"| {' | '.join(map(str, row.values()))} |" for row in table]
     losses = [{"runs": name, "seed": seed, "step": step, "val_loss": loss} for name, trials in runs.items()
               for seed, trial in enumerate(trials) for step, loss in trial.losses.items()]
+    reading = __doc__.split("\n\n", 2)[2].rstrip()
     parity.publish("parity_power", args.out, [f"# python -m bench.parity_power {' '.join(words)}".rstrip(), tokens,
-                   "\n".join(lines)], losses, draw(dict(zip(PLANTED, effects))))
+                   reading, "\n".join(lines)], losses, draw(dict(zip(PLANTED, effects))))
 
 
 if __name__ == "__main__":
