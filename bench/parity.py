@@ -311,8 +311,9 @@ def draw(ours: Sample, other: Sample, result: dict) -> Figure:
     below.axhline(0, color="0.5", linewidth=0.8)
     below.set_xlim(JUDGED_AFTER, 1.02 * steps[-1])
     below.set_xlabel("step")
+    below.set_ylim(-1.5 * max(band), 1.5 * max(band))
     below.set_ylabel("ours - other, nats")
-    below.legend()
+    below.legend(loc="upper center", ncols=2, fontsize=8)
     return figure
 
 
@@ -389,7 +390,9 @@ def main(words: list[str]) -> int:
     except (OSError, ValueError) as error:
         print(f"bench.parity: {error}", file=sys.stderr)
         return 2
-    publish("parity", args.out, [f"# python -m bench.parity {shlex.join(words)}", *paragraphs],
+    command = shlex.join(["--script", str(args.script), "--steps", str(args.steps), "--seeds", str(args.seeds),
+                          *args.overrides])
+    publish("parity", args.out, [f"# python -m bench.parity {command}", *paragraphs],
             curves(samples[0]) + curves(samples[1]), draw(*samples, result))
     return 0 if result["verdict"] else 1
 

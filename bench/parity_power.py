@@ -7,7 +7,7 @@ Ours, the stand-in and every planted difference run from the initial weights of 
 each. That gives the effect of a difference more exactly than PARITY can, which is told of no seed:
 
 - effect: planted minus faithful, of equal initial weights, at the evaluation after step 25 where it is most deviations
-  between runs, and its 95% interval there;
+  between runs, and its 95% interval there; in the row `none` it is ours minus faithful, which should be none;
 - chance at n=3, n for 90%: how often PARITY would be refused at that step, and from which n on in nine cases of ten,
   were the true effect just that. Where the interval holds zero no n is known;
 - in pairs: whether K pairs of equal initial weights, ours and the script's, tell the two apart: paired t, all steps, 5%
@@ -81,7 +81,7 @@ def in_pairs(a: list[Trial], b: list[Trial]) -> dict[int, Difference]:
 
 def study(runs: dict[str, list[Trial]], name: str) -> tuple[dict, dict[int, Difference]]:
     """A row of the table, and the effect at each step."""
-    effects = in_pairs(runs[name], runs["none"])
+    effects = in_pairs(runs["ours" if name == "none" else name], runs["none"])
     judged = [step for step in effects if step > parity.JUDGED_AFTER]
     level = parity.LEVEL / len(judged)
     sd = {step: Moments.of([trial.losses[step] for trial in runs["ours"]]).sd for step in judged}
@@ -143,9 +143,9 @@ def main(words: list[str]):
     lines += [f"| {' | '.join(map(str, row.values()))} |" for row in table]
     losses = [{"runs": name, "seed": seed, "step": step, "val_loss": loss} for name, trials in runs.items()
               for seed, trial in enumerate(trials) for step, loss in trial.losses.items()]
-    reading = __doc__.split("\n\n", 2)[2].rstrip()
-    parity.publish("parity_power", args.out, [f"# python -m bench.parity_power {' '.join(words)}".rstrip(), tokens,
-                   reading, "\n".join(lines)], losses, draw(dict(zip(PLANTED, effects))))
+    command, reading = f"--seeds {args.seeds} --steps {args.steps}", __doc__.split("\n\n", 2)[2].rstrip()
+    parity.publish("parity_power", args.out, [f"# python -m bench.parity_power {command}", tokens, reading,
+                   "\n".join(lines)], losses, draw(dict(zip(PLANTED, effects))))
 
 
 if __name__ == "__main__":
