@@ -204,9 +204,9 @@ def test_end_to_end(comparison, monkeypatch, capsys):
 
 
 def test_equal_initial_weights_give_equal_curves(comparison, monkeypatch):
-    """Kills: a formula of the trainer or of the stand-in that is not the other's: contra left out moves steps 5 and 10
-    by more than this. What is left is bf16's rounding; it grows with the steps. Other initial weights are .0008 and
-    .003 away there."""
+    """Kills: a formula of the trainer or of the stand-in that is not the other's: contra left out is .0020 away, beta
+    .25 for .5 .0003, a cooldown of .6 .09. What is left, .0001, is bf16's rounding; a wrong sign of the rotary
+    embedding and a Newton-Schulz step fewer hide in it, and have tests of their own. Other seeds are .003 away."""
     folder, words = comparison
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     hp = parity.hyperparameters([word for word in words if "=" in word or word[0] == "@"], 30)
@@ -216,5 +216,4 @@ def test_equal_initial_weights_give_equal_curves(comparison, monkeypatch):
     parity.run(folder / "runs" / "oracle", folder / "runs" / "data", script, [])
     oracle, ours, other = (read(*(folder / "runs" / name).glob("logs/*.txt")).trials[0].losses
                            for name in ("oracle", "ours/0", "ours/1"))
-    for step in (5, 10):
-        assert abs(ours[step] - oracle[step]) < 3e-4 < abs(ours[step] - other[step])
+    assert max(abs(ours[step] - oracle[step]) for step in ours) < 2e-4 < 1e-3 < abs(ours[10] - other[10])
