@@ -24,7 +24,6 @@ import difflib
 import glob
 import io
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -41,10 +40,11 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from bench import provenance
 from records.program import number
 from records.sample import Sample, gather
 from records.statistics import Moments, pooled, t_quantile
-from train_gpt import Hyperparameters, batches_in, find_shards, open_shard, output_of, override, processor
+from train_gpt import Hyperparameters, batches_in, find_shards, open_shard, output_of, override
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
 from shards import END_OF_TEXT, write_shard
@@ -319,10 +319,7 @@ def draw(ours: Sample, other: Sample, result: dict) -> Figure:
 
 def publish(name: str, out: Path, paragraphs: list[str], rows: list[dict], figure: Figure):
     """NAME.md, NAME.csv and NAME.png in a folder, each with what it takes to make it again."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
-    machine = (f"{processes()} x {device}, {os.cpu_count()} cores, load {os.getloadavg()[2]:.1f}, "
-               f"torch {torch.__version__}, Python {platform.python_version()}, "
-               f"commit {output_of('git', 'describe', '--always', '--dirty')}.")
+    machine = f"{processes()} x {provenance()}; load {os.getloadavg()[2]:.1f}."
     values, picture = io.StringIO(newline=""), io.BytesIO()
     writer = csv.DictWriter(values, rows[0], lineterminator="\n")
     writer.writeheader()
