@@ -583,7 +583,8 @@ class RunLog:
             try:
                 fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as this process lives
             except BlockingIOError:
-                raise BlockingIOError(f"logs/{name}.txt belongs to a run that lives: wait for its end, or end it") from None
+                raise BlockingIOError(f"logs/{name}.txt belongs to a run that lives: wait for its end, or end it"
+                                      ) from None
             for path, length in log_files(name).items():
                 if lengths and length:
                     os.truncate(path, lengths[path])
@@ -923,7 +924,7 @@ class Checkpoints:
         banks = [bank.state() for bank in banks]
         if self.place.rank == 0:
             name = Path(self.log.text.name).stem
-            state = self.run | dict(seed=trial.seed, step=step, trial=trial.state(), banks=banks, lengths=log_files(name))
+            state = dict(seed=trial.seed, step=step, trial=trial.state(), banks=banks, lengths=log_files(name)) | self.run
             self.writer.write(Path("logs", f"{name}.checkpoint"), f"seed{trial.seed}-step{step}.pt", state)
             if stop:
                 self.log.line(f"stopped: by a signal at step {step}")

@@ -85,7 +85,7 @@ def start(folder: Path, words: list[str]) -> int:
         said = os.open("said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(said, 1), os.dup2(said, 2)
         config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", max_restarts=0,
-                              rdzv_endpoint="localhost:0", run_id=folder.name, start_method="fork", monitor_interval=0.1)
+                              rdzv_endpoint="localhost:0", run_id=folder.name, start_method="fork")
         elastic_launch(config, trainer)(words)
     except BaseException as error:
         print(error, file=sys.stderr, flush=True)
@@ -160,9 +160,9 @@ def lose(folder: Path, number: signal.Signals) -> tuple[float, list[str]]:
     seconds = time.perf_counter() - sent
     assert status and not Path(f"/proc/{rank1}").exists()
     said = (folder / "said").read_text()[before:]
-    root = said[said.find("Root Cause"):]
-    report = re.search(r"rank +: (.+)\n +exitcode +: (.+)", root)
-    return seconds, [*re.findall(r"^train_gpt.py: .+$", said, re.M), f"torchrun: rank {report[1]}, exit code {report[2]}"]
+    report = re.search(r"rank +: (\d+) .*\n +exitcode +: (-?\d+)", said[said.find("Root Cause"):])
+    lines = re.findall(r"^train_gpt.py: .+$", said, re.MULTILINE)
+    return seconds, [*lines, f"torchrun: rank {report[1]} ended with exit code {report[2]}"]
 
 
 def main(count: str = "50"):
