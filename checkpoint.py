@@ -85,7 +85,9 @@ class Writer:
         def attempt():
             try:
                 write_checkpoint(folder, name, state)
-            except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's
+            except (OSError, RuntimeError) as error:
+                while error.__context__ and not isinstance(error, OSError):  # torch.save's hides the disk's
+                    error = error.__context__
                 print(f"train_gpt.py: no checkpoint {folder}/{name}: {error}", file=sys.stderr)
         self.thread = threading.Thread(target=attempt)
         self.thread.start()

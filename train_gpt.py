@@ -924,7 +924,8 @@ class Checkpoints:
         banks = [bank.state() for bank in banks]
         if self.place.rank == 0:
             name = Path(self.log.text.name).stem
-            state = dict(seed=trial.seed, step=step, trial=trial.state(), banks=banks, lengths=log_files(name)) | self.run
+            state = self.run | dict(seed=trial.seed, step=step, trial=trial.state(), banks=banks,
+                                    lengths=log_files(name))
             self.writer.write(Path("logs", f"{name}.checkpoint"), f"seed{trial.seed}-step{step}.pt", state)
             if stop:
                 self.log.line(f"stopped: by a signal at step {step}")

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import checkpoint as module
+import checkpoint
 import train_gpt
 from checkpoint import Writer, read_checkpoint
 
@@ -47,7 +47,7 @@ def passes(model, banks, batch, count: int):
         train_gpt.accumulate_gradients(model, banks, tuple(batch), HP)
 
 
-def checkpoint(banks, writer: Writer, folder: Path) -> float:
+def save(banks, writer: Writer, folder: Path) -> float:
     """Seconds that the training waits for it."""
     start = time.perf_counter()
     writer.wait()
@@ -58,18 +58,18 @@ def checkpoint(banks, writer: Writer, folder: Path) -> float:
 def measure(folder: Path) -> tuple[list, list]:
     """(seconds without, with, of them waiting) of each repeat, and seconds on a core and in all of each writing."""
     model, banks, batch = prepare()
-    writer, writings, write = Writer(), [], module.write_checkpoint
+    writer, writings, write = Writer(), [], checkpoint.write_checkpoint
 
     def timed(*arguments):
         start = time.perf_counter(), time.thread_time()
         write(*arguments)
         writings.append((time.thread_time() - start[1], time.perf_counter() - start[0]))
-    module.write_checkpoint = timed
+    checkpoint.write_checkpoint = timed
     passes(model, banks, batch, 2)
     start = time.perf_counter()
     passes(model, banks, batch, 3)
     one = (time.perf_counter() - start) / 3
-    first = checkpoint(banks, writer, folder)
+    first = save(banks, writer, folder)
     writer.wait()
     rows, count = [], max(3, round(1.5 * writings[0][1] / one))
     for _ in tqdm(range(REPEATS), disable=None):
@@ -77,7 +77,7 @@ def measure(folder: Path) -> tuple[list, list]:
         passes(model, banks, batch, count)
         without = time.perf_counter() - start
         start = time.perf_counter()
-        waited = checkpoint(banks, writer, folder)
+        waited = save(banks, writer, folder)
         passes(model, banks, batch, count)
         rows.append((without, time.perf_counter() - start, waited))
         writer.wait()

@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -100,10 +101,8 @@ def data(folder: Path):
     write_shard(folder / "val.bin", tokens[:300])
 
 
-def ended(pid: int) -> int | None:
-    """The exit status, or None as long as it lives."""
-    done, status = os.waitpid(pid, os.WNOHANG)
-    return status if done else None
+def ended(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def reached(folder: Path, step: int) -> bool:
@@ -116,15 +115,16 @@ def kill(folder: Path, moment: random.Random, writing: bool) -> bool:
     data(folder)
     agent = start(folder, WORDS)
     step, delay = moment.randrange(EVERY + 2, STEPS - EVERY), moment.random() * 0.1
-    while not (reached(folder, step) and list(folder.glob("logs/*.checkpoint/manifest.json"))):
-        assert ended(agent) is None, (folder / "said").read_text()
-    if writing:
-        while not list(folder.glob("logs/*.checkpoint/*.part")):
-            assert ended(agent) is None, (folder / "said").read_text()
-    else:
-        time.sleep(delay)
-    os.killpg(agent, signal.SIGKILL)
-    os.waitpid(agent, 0)
+    wanted = "*.part" if writing else "manifest.json"
+    while not (reached(folder, step) and list(folder.glob(f"logs/*.checkpoint/{wanted}"))) and not ended(agent):
+        time.sleep(0.001)
+    time.sleep(0 if writing else delay)
+    if not ended(agent):
+        os.killpg(agent, signal.SIGKILL)
+    if os.waitpid(agent, 0)[1] != signal.SIGKILL:  # it was quicker: another moment
+        assert checkpoint_of(folder), (folder / "said").read_text()
+        shutil.rmtree(folder)
+        return kill(folder, moment, writing)
     return bool(list(folder.glob("logs/*.checkpoint/*.part")))
 
 
@@ -150,13 +150,13 @@ def lose(folder: Path, number: signal.Signals) -> tuple[float, list[str]]:
     data(folder)
     agent = start(folder, WORDS)
     while not reached(folder, STEPS // 2):
-        assert ended(agent) is None, (folder / "said").read_text()
+        time.sleep(0.001)
+        assert not ended(agent), (folder / "said").read_text()
     before = len((folder / "said").read_text())
     rank1 = int(Path(f"/proc/{agent}/task/{agent}/children").read_text().split()[1])
     os.kill(rank1, number)
     sent = time.perf_counter()
-    while (status := ended(agent)) is None:
-        time.sleep(0.1)
+    status = os.waitpid(agent, 0)[1]
     seconds = time.perf_counter() - sent
     assert status and not Path(f"/proc/{rank1}").exists()
     said = (folder / "said").read_text()[before:]

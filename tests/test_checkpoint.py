@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,7 @@ def test_a_checkpoint_is_of_its_moment(quick, tmp_path, monkeypatch):
 
     def slow(folder, name, state):
         assert step_6.wait(60)
+        time.sleep(0.5)  # while the run goes on to its next checkpoint or its end, unless it waits
         written.append(copy.deepcopy(state))
     monkeypatch.setattr("checkpoint.write_checkpoint", slow)
     factor = train_gpt.learning_rate_factor
