@@ -115,8 +115,9 @@ def kill(folder: Path, moment: random.Random, writing: bool) -> bool:
     data(folder)
     agent = start(folder, WORDS)
     step, delay = moment.randrange(EVERY + 2, STEPS - EVERY), moment.random() * 0.1
-    wanted = "*.part" if writing else "manifest.json"
-    while not (reached(folder, step) and list(folder.glob(f"logs/*.checkpoint/{wanted}"))) and not ended(agent):
+    wanted = ["manifest.json", "*.part"] if writing else ["manifest.json"]
+    while not ended(agent) and not (reached(folder, step) and
+                                    all(list(folder.glob(f"logs/*.checkpoint/{name}")) for name in wanted)):
         time.sleep(0.001)
     time.sleep(0 if writing else delay)
     if not ended(agent):
@@ -132,6 +133,12 @@ def finish(folder: Path, words: list[str]):
     assert os.waitpid(start(folder, words), 0)[1] == 0, (folder / "said").read_text()
 
 
+def resumed(folder: Path, whole: Path) -> bool:
+    """Whether the run goes on to the same end."""
+    finish(folder, ["--resume", f"logs/{checkpoint_of(folder).name}"])
+    return same(folder, whole)
+
+
 def kills(folder: Path, count: int, seed: int = 0) -> tuple[int, int]:
     """(runs that end as the whole one, runs killed within the writing of a checkpoint), of `count`."""
     data(folder / "whole")
@@ -140,8 +147,7 @@ def kills(folder: Path, count: int, seed: int = 0) -> tuple[int, int]:
     for i in tqdm(range(count), desc="killed and resumed", disable=None):
         run = folder / f"run{i}"
         halves += kill(run, moment, writing=i % 2 == 1)
-        finish(run, ["--resume", f"logs/{checkpoint_of(run).name}"])
-        equal += same(run, folder / "whole")
+        equal += resumed(run, folder / "whole")
     return equal, halves
 
 
@@ -171,7 +177,7 @@ def main(count: str = "50"):
         equal, halves = kills(Path(folder), int(count))
         minutes = (time.perf_counter() - began) / 60
         lost = {name: lose(Path(folder, name), getattr(signal, name)) for name in ("SIGKILL", "SIGSTOP")}
-        whole = [same_after(Path(folder, name), Path(folder, "whole")) for name in lost]
+        whole = [resumed(Path(folder, name), Path(folder, "whole")) for name in lost]
     lines = [f"# python -m bench.kill {count}", "",
              f"{STEPS} steps, a checkpoint every {EVERY}, two processes on the CPU under torchrun's agent, "
              f"PyTorch {torch.__version__}; load {load:.0f} before, {minutes:.0f} minutes.", "",
@@ -182,11 +188,6 @@ def main(count: str = "50"):
                for (name, (seconds, said)), equal in zip(lost.items(), whole))]
     print("\n".join(lines))
     RESULT.write_text("\n".join(lines) + "\n")
-
-
-def same_after(folder: Path, whole: Path) -> bool:
-    finish(folder, ["--resume", f"logs/{checkpoint_of(folder).name}"])
-    return same(folder, whole)
 
 
 if __name__ == "__main__":
