@@ -603,10 +603,11 @@ class RunLog:
             file.writelines(json.dumps(values) + "\n" for values in records)
 
 
-def finished_seeds(sha256: str) -> dict[int, str]:
-    """{seed: log} of the trials in logs/ of this source that began at step 0 and ended, with a finite loss."""
+def finished_seeds(sha256: str, cut: str | None) -> dict[int, str]:
+    """{seed: log} of the trials in logs/ of this source that began at step 0 and ended, with a finite loss; but for
+    those of the log that is to be cut to where it goes on."""
     finished = {}
-    for path in sorted(glob.glob("logs/*.txt")):
+    for path in sorted(set(glob.glob("logs/*.txt")) - {cut}):
         _, facts, body, *_ = *Path(path).read_text(errors="replace").split("=" * 100 + "\n"), "", ""
         if f"source_sha256: {sha256}" in facts.splitlines() and "\npartial: " not in facts:
             _, *trials = re.split(r"^seed: (\d+)\n", body, flags=re.MULTILINE)
@@ -1115,14 +1116,17 @@ def open_log(args: argparse.Namespace, state: dict | None, hp: Hyperparameters, 
 
 def seeds_to_run(args: argparse.Namespace, hp: Hyperparameters, rank: int) -> list[int]:
     """Those of --trials that no log holds to their end, as rank 0 sees it; a single trial is always run."""
-    finished = [finished_seeds(source_sha256(program(hp))) if args.trials > 1 and rank == 0 else {}]
-    dist.broadcast_object_list(finished)
-    if args.resume:
-        finished[0].pop(args.seed, None)
-    seeds = range(args.seed, args.seed + args.trials)
-    for seed in filter(finished[0].get, seeds if rank == 0 else []):
-        print(f"seed {seed} is finished, in {finished[0][seed]}: it is not run again")
-    return [seed for seed in seeds if seed not in finished[0]]
+    seeds = list(range(args.seed, args.seed + args.trials))
+    if args.trials > 1 and rank == 0:
+        log = f"logs/{Path(args.resume).stem}.txt" if args.resume else None
+        finished = finished_seeds(source_sha256(program(hp)), log)
+        for seed in seeds[bool(args.resume):]:  # the checkpoint's own goes on
+            if seed in finished:
+                print(f"seed {seed} is finished, in {finished[seed]}: it is not run again")
+                seeds.remove(seed)
+    decided = [seeds]
+    dist.broadcast_object_list(decided)
+    return decided[0]
 
 
 def out_of_memory(hp: Hyperparameters, rank: int, world: int) -> str:

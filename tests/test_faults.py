@@ -275,6 +275,21 @@ def test_finished_seeds_are_not_run_again(quick, tmp_path, capsys):
     assert seeds(["--trials", "2", "--seed", "2"]) == [3]
 
 
+def test_a_run_that_goes_on_runs_what_it_cuts_off(quick, tmp_path, monkeypatch):
+    """Kills: seeds taken for finished because they stand in the part of the log that a resumed run cuts off; its own
+    seed left out, and its state given to the next one, because another log holds it."""
+    train(tmp_path / "single", quick)
+    with monkeypatch.context() as patch:
+        patch.setattr("checkpoint.write_checkpoint", lambda folder, name, state: "seed0" in name and
+                      write_checkpoint(folder, name, state))
+        train(tmp_path, [*quick, "--trials", "3", "--checkpoint-every", "5"])
+    path = log_of(tmp_path)
+    losses = [trial.losses for trial in read(path).trials]
+    shutil.copy(log_of(tmp_path / "single"), tmp_path / "logs")
+    train(tmp_path, ["--resume", f"logs/{checkpoint_of(tmp_path).name}"])
+    assert [trial.losses for trial in read(path).trials] == losses and len(losses) == 3
+
+
 def meanwhile(monkeypatch, step: int, what):
     """Do something in the middle of a run."""
     original = train_gpt.learning_rate_factor
