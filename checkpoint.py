@@ -5,33 +5,96 @@ torch.save of what one process has gathered: 1.4 GB for GPT-2 small with its opt
 would spread that over a file a rank, which no single hash vouches for, and needs as many steps to rename them as one.
 """
 
+import contextlib
 import hashlib
+import io
 import json
 import os
-import pickle
 import re
+import sys
+import threading
 import zipfile
 from pathlib import Path
 
 import torch
 
 
+torch.serialization.set_crc32_options(False)  # the sha256 vouches for more, and each costs as much of a core
+
+
+class Hashed(io.BufferedWriter):
+    """A file that hashes what is written to it, and brings it to the disk 64 MB at a time.
+
+    To read 1.4 GB again would take as long as to write them; and to have them all in the page cache takes the kernel
+    some seconds of a core that trains, where 64 MB take it none: the same pages serve again.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path, "w"))
+        self.sha256, self.cached = hashlib.sha256(), 0
+
+    def write(self, block) -> int:
+        self.sha256.update(block)
+        written = super().write(block)
+        self.cached += written
+        if self.cached >= 2**26:
+            self.sync()
+        return written
+
+    def sync(self):
+        self.flush()
+        os.fsync(self.fileno())
+        os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self.cached = 0
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A file to write, which has the name `path` once all of it is on the disk, and never stays without."""
+    part = path.with_suffix(".part")
+    try:
+        with Hashed(part) as file:
+            yield file
+            file.sync()
+        os.rename(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_checkpoint(folder: Path, name: str, state: dict):
     """OSError, or torch's RuntimeError, where the disk takes no more; the checkpoint before is then whole."""
     folder.mkdir(exist_ok=True)
-    part, path, manifest = folder / f"{name}.part", folder / name, folder / "manifest.json"
-    try:
-        with open(part, "wb") as file:
-            torch.save(state, file)
-            os.fsync(file.fileno())
-        written = dict(file=name, bytes=os.path.getsize(part), sha256=file_sha256(part))
-        os.rename(part, path)
-        part.write_text(json.dumps(written))
-        os.rename(part, manifest)
-    finally:
-        part.unlink(missing_ok=True)
+    path, manifest = folder / name, folder / "manifest.json"
+    with replacing(path) as file:
+        torch.save(state, file)
+    with replacing(manifest) as text:
+        text.write(json.dumps(dict(file=name, bytes=path.stat().st_size, sha256=file.sha256.hexdigest())).encode())
     for other in set(folder.iterdir()) - {path, manifest}:
         other.unlink()
+
+
+class Writer:
+    """Writes checkpoints in a thread, one at a time, while the training goes on."""
+
+    def __init__(self):
+        self.thread = threading.Thread()
+
+    def write(self, folder: Path, name: str, state: dict):
+        """After a wait(). An error is a line, and costs this checkpoint alone."""
+        def attempt():
+            try:
+                write_checkpoint(folder, name, state)
+            except (OSError, RuntimeError) as error:
+                while error.__context__ and not isinstance(error, OSError):  # torch.save's hides the disk's
+                    error = error.__context__
+                print(f"train_gpt.py: no checkpoint {folder}/{name}: {error}", file=sys.stderr)
+        self.thread = threading.Thread(target=attempt)
+        self.thread.start()
+
+    def wait(self):
+        """Until the tensors of the state may change again."""
+        if self.thread.ident:
+            self.thread.join()
 
 
 def file_sha256(path: Path) -> str:
@@ -57,9 +120,13 @@ def read_checkpoint(folder: Path) -> dict:
     if os.path.getsize(path) != size or file_sha256(path) != sha256:
         raise ValueError(f"{path} is damaged: its size or sha256 is not what manifest.json says")
     try:
-        if any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
-            raise ValueError(f"{path} is compressed, which no checkpoint is")  # a few bytes may become any number
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile):
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                # a few bytes may become any number: by compression, and torch lets a pickle call bytearray(N)
+                if entry.compress_type or entry.filename.endswith(".pkl") and b"bytearray" in archive.read(entry):
+                    raise ValueError
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # whatever zipfile, torch and its unpickler raise over a file that no run has written
         raise ValueError(f"{path} is no checkpoint: it is not made of tensors, numbers and text alone") from None
-    return state

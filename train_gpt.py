@@ -14,6 +14,7 @@ training, checkpoints.
 import argparse
 import ast
 import difflib
+import fcntl
 import glob
 import gzip
 import hashlib
@@ -31,7 +32,7 @@ import uuid
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +44,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from aurora import DIRECTIONS, Aurora, all_gather, check_direction, leverage_scores
-from checkpoint import read_checkpoint, write_checkpoint
+from checkpoint import Writer, read_checkpoint
+from heartbeat import Heartbeat
 from kernels.bf16 import linear
 from kernels.cross_entropy import cross_entropy_path, head_loss
 from kernels.mlp import mlp_path, relu2_mlp
@@ -399,6 +401,7 @@ class Bank:
         for p, weight in zip(params.values(), self.views(self.weights)):
             p.data = weight
         self.own = nn.Parameter(torch.zeros_like(self.weights[self.mine], dtype=dtype))
+        self.copies = {}
         self.optimizer = rule([self.own])
         self.group, = self.optimizer.param_groups
         self.lr = self.group["lr"]
@@ -431,15 +434,28 @@ class Bank:
         self.work.wait()
 
     def state(self) -> dict[str, Tensor]:
-        """The masters and the optimizer's state of all ranks, (slots, ...), on the CPU. A collective."""
-        whole = {"master": self.own.detach()} | self.optimizer.state[self.own]
-        for name, x in whole.items():
-            if x.ndim:  # AdamW's count of steps is one number
-                everyone = x.new_empty(len(self.weights), *x.shape[1:])
-                all_gather(everyone, x)
-                x = everyone[:self.count]
-            whole[name] = x.cpu()
+        """On rank 0 the masters and the optimizer's state of all ranks, (slots, ...), in memory of the CPU that the
+        next call writes over; nothing on the others. A collective."""
+        whole = {}
+        for name, x in ({"master": self.own.detach()} | self.optimizer.state[self.own]).items():
+            if not x.ndim:  # AdamW's count of steps
+                whole[name] = x.cpu().clone()
+            elif dist.get_rank():
+                dist.send(x, 0)
+            else:
+                whole[name] = self.collect(name, x)[:self.count]
         return whole
+
+    def collect(self, name: str, mine: Tensor) -> Tensor:
+        """All ranks' shares of a tensor. Fresh memory takes many times as long to write to as memory that is kept."""
+        if name not in self.copies:
+            self.copies[name] = torch.empty(len(self.weights), *mine.shape[1:], dtype=mine.dtype)
+        for rank, share in enumerate(self.copies[name].chunk(dist.get_world_size())):
+            if rank:
+                mine = share if mine.is_cpu else torch.empty_like(mine)
+                dist.recv(mine, rank)
+            share.copy_(mine)
+        return self.copies[name]
 
     @torch.no_grad()
     def load(self, whole: dict[str, Tensor]):
@@ -552,12 +568,23 @@ def render(source: str, hp: Hyperparameters) -> str:
     return "".join(lines)
 
 
+@cache  # a run that goes on asks twice
+def program(hp: Hyperparameters) -> str:
+    """All of this program, with the values of the run: what stands at the head of its log."""
+    return render(flatten(Path(__file__), set()), hp)
+
+
+def source_sha256(source: str) -> str:
+    return hashlib.sha256(source.encode()).hexdigest()
+
+
 class RunLog:
     """logs/NAME.txt, the source and then what upstream's parsers read, and logs/NAME.jsonl, the same for machines.
 
     Rank 0 writes; on other ranks nothing happens. Files are line-buffered: a killed run leaves whole lines.
     Every `neurons_every` steps, 0 for never, logs/NAME.neurons.jsonl.gz grows by a look at the neurons.
-    `lengths`, of a log that goes on, are those to which its files are cut first.
+    `lengths`, of a log that goes on, are those to which its files are cut first. OSError where another
+    process writes it.
     """
 
     def __init__(self, name: str | None, neurons_every: int = 0, lengths: dict[str, int] | None = None):
@@ -565,11 +592,16 @@ class RunLog:
         self.neurons_every = neurons_every
         if name is not None:
             Path("logs").mkdir(exist_ok=True)
+            self.text, self.json = (open(f"logs/{name}.{ending}", "a" if lengths else "x", buffering=1)
+                                    for ending in ("txt", "jsonl"))
+            try:
+                fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as this process lives
+            except BlockingIOError:
+                raise BlockingIOError(f"logs/{name}.txt belongs to a run that lives: wait for its end, or end it"
+                                      ) from None
             for path, length in log_files(name).items():
                 if lengths and length:
                     os.truncate(path, lengths[path])
-            self.text, self.json = (open(f"logs/{name}.{ending}", "a" if lengths else "x", buffering=1)
-                                    for ending in ("txt", "jsonl"))
 
     def line(self, text: str):
         if self.text:
@@ -583,6 +615,19 @@ class RunLog:
         # a gzip member of its own each time: what a killed run has written can be read
         with gzip.open(f"{self.text.name.removesuffix('.txt')}.neurons.jsonl.gz", "at") as file:
             file.writelines(json.dumps(values) + "\n" for values in records)
+
+
+def finished_seeds(sha256: str, cut: str | None) -> dict[int, str]:
+    """{seed: log} of the trials in logs/ of this source that began at step 0 and ended, with a finite loss; but for
+    those of the log that is to be cut to where it goes on."""
+    finished = {}
+    for path in sorted(set(glob.glob("logs/*.txt")) - {cut}):
+        _, facts, body, *_ = *Path(path).read_text(errors="replace").split("=" * 100 + "\n"), "", ""
+        if f"source_sha256: {sha256}" in facts.splitlines() and "\npartial: " not in facts:
+            _, *trials = re.split(r"^seed: (\d+)\n", body, flags=re.MULTILINE)
+            finished |= {int(seed): path for seed, curve in zip(trials[::2], trials[1::2])
+                         if re.search(r"^step:(\d+)/\1 val_loss:\d.*\n(?!failed: )", curve, re.MULTILINE)}
+    return finished
 
 
 def log_files(name: str) -> dict[str, int]:
@@ -609,7 +654,7 @@ def facts(hp: Hyperparameters, place: Place, shards: dict[str, int], source: str
               f"cross_entropy: {cross_entropy_path(place.device)}"]
     dirty = output_of("git", "-C", str(HERE), "status", "--porcelain", "--untracked-files=no")
     lines += [f"commit: {output_of('git', '-C', str(HERE), 'rev-parse', 'HEAD') or 'none'}{' (dirty)' * bool(dirty)}",
-              f"source_sha256: {hashlib.sha256(source.encode()).hexdigest()}",
+              f"source_sha256: {source_sha256(source)}",
               f"micro_batch: {micro_batch_size(hp.batch_tokens // hp.sequence_length // place.world, hp.micro_batch)}"]
     lines += departures(hp)
     lines += [f"shard: {path} {count}" for path, count in shards.items()]
@@ -877,6 +922,7 @@ class Checkpoints:
 
     def __init__(self, run: dict, log: RunLog, place: Place):
         self.run, self.every, self.log, self.place, self.asked = run, run["every"], log, place, 0
+        self.writer = Writer()
         for number in SIGNALS if self.every else ():
             signal.signal(number, lambda number, _: setattr(self, "asked", max(self.asked, SIGNALS[number])))
 
@@ -889,21 +935,21 @@ class Checkpoints:
         return asked.item()
 
     def save(self, step: int, banks: list[Bank], trial: Trial, stop: bool):
-        """A collective, not counted as training. A full disk costs this checkpoint, not the run."""
+        """A collective, not counted as training. The file is written while the training goes on."""
         trial.clock.read()
-        state = self.run | dict(seed=trial.seed, step=step, trial=trial.state(), banks=[bank.state() for bank in banks])
+        self.writer.wait()
+        banks = [bank.state() for bank in banks]
         if self.place.rank == 0:
             name = Path(self.log.text.name).stem
-            try:
-                write_checkpoint(Path("logs", f"{name}.checkpoint"), f"seed{trial.seed}-step{step}.pt",
-                                 state | dict(lengths=log_files(name)))
-            except (OSError, RuntimeError) as error:  # RuntimeError: torch.save's
-                print(f"train_gpt.py: no checkpoint at step {step}: {error}", file=sys.stderr)
+            state = self.run | dict(seed=trial.seed, step=step, trial=trial.state(), banks=banks,
+                                    lengths=log_files(name))
+            self.writer.write(Path("logs", f"{name}.checkpoint"), f"seed{trial.seed}-step{step}.pt", state)
             if stop:
                 self.log.line(f"stopped: by a signal at step {step}")
-        trial.clock.resume()
         if stop:
+            self.writer.wait()
             complain(f"stopped by a signal at step {step}; --resume logs/*.checkpoint goes on")
+        trial.clock.resume()
 
 
 def restore(state: dict, banks: list[Bank], trial: Trial) -> int:
@@ -922,7 +968,7 @@ def recall(args: argparse.Namespace) -> tuple[Hyperparameters, dict]:
         raise ValueError(f"{folder} is no checkpoint of a run")
     words = [f"{name}={value}" for name, value in state["hyperparameters"].items()]
     before = override(words)
-    if state["source_sha256"] != hashlib.sha256(render(flatten(Path(__file__), set()), before).encode()).hexdigest():
+    if state["source_sha256"] != source_sha256(program(before)):
         raise ValueError(f"{folder} is of another version of this program: check out the commit that its log names")
     if args.resume:
         args.seed, args.trials = state["seed"], state["end"] - state["seed"]
@@ -944,7 +990,8 @@ def recall(args: argparse.Namespace) -> tuple[Hyperparameters, dict]:
     return hp, state
 
 
-def train(model: GPT, trial: Trial, shards, validation, checkpoints: Checkpoints, state: dict | None):
+def train(model: GPT, trial: Trial, shards, validation, checkpoints: Checkpoints, heartbeat: Heartbeat,
+          state: dict | None):
     """One trial, from a wholly fresh state or that of a checkpoint, to its log. FloatingPointError where it fails."""
     hp, log = trial.hp, trial.log
     banks = make_banks(model, hp, trial.place)
@@ -958,9 +1005,12 @@ def train(model: GPT, trial: Trial, shards, validation, checkpoints: Checkpoints
     batches = read_batches(shards, hp.batch_tokens, hp.sequence_length, trial.place, first)
     trial.clock.resume()
     for step in range(first, hp.train_steps + 1):
-        if asked or checkpoints.every and step > first and step % checkpoints.every == 0:
+        save = asked or checkpoints.every and step > first and step % checkpoints.every == 0
+        validate = is_validation_step(step, hp)
+        heartbeat.begin(step + 1, usual=step > first and not save and not validate)
+        if save:
             checkpoints.save(step, banks, trial, stop=asked == 2)
-        if is_validation_step(step, hp):
+        if validate:
             seconds = trial.clock.read()
             trial.after_validation(step, seconds, validation_loss(model, *validation, hp))
             trial.clock.resume()
@@ -1068,16 +1118,73 @@ def join(rank: int, local_rank: int, world: int) -> Place:
     return place
 
 
-def open_log(args: argparse.Namespace, state: dict | None, source: str, facts: str) -> RunLog:
+def open_log(args: argparse.Namespace, state: dict | None, hp: Hyperparameters, facts: str) -> RunLog:
     """Rank 0's: a new one with its head, or that of the run to go on with, cut to where its checkpoint was."""
     if args.resume:
         return RunLog(Path(args.resume).stem, args.neurons, state["lengths"])
     if args.fork_from:
         facts += f"\npartial: forked from step {state['step']} of {args.fork_from}, seed {state['seed']}"
     log = RunLog(time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:8], args.neurons)
-    for part in (source.rstrip("\n"), "=" * 100, facts, "=" * 100):
+    for part in (program(hp).rstrip("\n"), "=" * 100, facts, "=" * 100):
         log.line(part)
     return log
+
+
+def seeds_to_run(args: argparse.Namespace, hp: Hyperparameters, rank: int) -> list[int]:
+    """Those of --trials that no log holds to their end, as rank 0 sees it; a single trial is always run."""
+    seeds = list(range(args.seed, args.seed + args.trials))
+    if args.trials > 1 and rank == 0:
+        log = f"logs/{Path(args.resume).stem}.txt" if args.resume else None
+        finished = finished_seeds(source_sha256(program(hp)), log)
+        for seed in seeds[bool(args.resume):]:  # the checkpoint's own goes on
+            if seed in finished:
+                print(f"seed {seed} is finished, in {finished[seed]}: it is not run again")
+                seeds.remove(seed)
+    decided = [seeds]
+    dist.broadcast_object_list(decided)
+    return decided[0]
+
+
+def out_of_memory(hp: Hyperparameters, rank: int, world: int) -> str:
+    """The run ends, and does not lower micro_batch by itself: that rounds otherwise, and stands in the log's source."""
+    size = micro_batch_size(hp.batch_tokens // hp.sequence_length // world, hp.micro_batch)
+    remedy = f"try micro_batch={size // 2}" if size > 1 else "no smaller one is left: take more GPUs or a smaller model"
+    return f"train_gpt.py: rank {rank}: the GPU has not enough memory for micro_batch={size}; {remedy}"
+
+
+def run(args: argparse.Namespace, hp: Hyperparameters, state: dict | None, place: Place, shards, val_shards) -> bool:
+    """All trials; whether one failed."""
+    seeds = seeds_to_run(args, hp, place.rank)
+    if not seeds:
+        return False
+    log = RunLog(None, args.neurons)
+    if place.rank == 0:
+        log = open_log(args, state, hp, facts(hp, place, shards | val_shards, program(hp)))
+        if args.wandb:
+            mirror_to_wandb(log, args.wandb, hp)
+    fixed = dict(hyperparameters=vars(hp), source_sha256=source_sha256(program(hp)), end=args.seed + args.trials,
+                 neurons=args.neurons, every=args.checkpoint_every, failed=bool(args.resume) and state["failed"])
+    checkpoints = Checkpoints(fixed, log, place)
+    with place.device:
+        model = GPT(hp)
+    if place.device.type == "cuda":
+        model.compile(dynamic=False)
+    validation = next(read_batches(val_shards, hp.val_tokens, hp.sequence_length, place))
+    with Heartbeat(place.rank, place.world) as heartbeat:
+        for seed in seeds:
+            trial = Trial(hp, seed, place, log)
+            resumed = args.resume and state
+            log.line(f"resumed: step {state['step']}, world_size {place.world}" if resumed else f"seed: {seed}")
+            try:
+                train(model, trial, shards, validation, checkpoints, heartbeat, state)
+            except FloatingPointError as error:  # on all ranks alike
+                trial.fail(error)
+                fixed["failed"] = True
+            state = None
+    checkpoints.writer.wait()
+    if place.rank == 0:
+        print(f"log: {log.text.name}")
+    return fixed["failed"]
 
 
 def main(argv: list[str]):
@@ -1104,36 +1211,15 @@ def main(argv: list[str]):
         complain(error)
 
     place = join(rank, local_rank, world)
-    source = render(flatten(Path(__file__), set()), hp)
-    log = RunLog(None, args.neurons)
-    if rank == 0:
-        log = open_log(args, state, source, facts(hp, place, shards | val_shards, source))
-        if args.wandb:
-            mirror_to_wandb(log, args.wandb, hp)
-    run = dict(hyperparameters=vars(hp), source_sha256=hashlib.sha256(source.encode()).hexdigest(),
-               end=args.seed + args.trials, neurons=args.neurons, every=args.checkpoint_every,
-               failed=bool(args.resume) and state["failed"])
-    checkpoints = Checkpoints(run, log, place)
-    with place.device:
-        model = GPT(hp)
-    if place.device.type == "cuda":
-        model.compile(dynamic=False)
-    validation = next(read_batches(val_shards, hp.val_tokens, hp.sequence_length, place))
-    for seed in range(args.seed, args.seed + args.trials):
-        trial = Trial(hp, seed, place, log)
-        resumed = args.resume and state
-        log.line(f"resumed: step {state['step']}, world_size {world}" if resumed else f"seed: {seed}")
-        try:
-            train(model, trial, shards, validation, checkpoints, state)
-        except FloatingPointError as error:  # on all ranks alike
-            trial.fail(error)
-            run["failed"] = True
-        state = None
-    if rank == 0:
-        print(f"log: {log.text.name}")
+    try:
+        failed = run(args, hp, state, place, shards, val_shards)
+    except torch.OutOfMemoryError:
+        sys.exit(out_of_memory(hp, rank, world))
+    except OSError as error:  # a log that cannot be written
+        sys.exit(f"train_gpt.py: rank {rank}: {error}")
     dist.barrier()  # a process that is gone while another still talks to it aborts that one
     dist.destroy_process_group()
-    if run["failed"]:
+    if failed:
         sys.exit(1)
 
 

@@ -7,6 +7,7 @@ multiply matrices take their dtypes from MATMUL_DTYPES.
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ needs_interpreter = pytest.mark.skipif(DEVICE.type == "cuda", reason="needs the 
 # the interpreter multiplies bf16 as if its bits were integers; on a GPU fp32 is cuBLAS's
 MATMUL_DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=needs_gpu),
                  pytest.param(torch.float32, marks=needs_interpreter)]
+
+import train_gpt  # after Triton has been told
 
 ROOT = Path(__file__).resolve().parent.parent
 EOT = 50256
@@ -75,6 +78,24 @@ def one_process():
         yield
     finally:
         torch.distributed.destroy_process_group()
+
+
+def train(folder: Path, words):
+    """In this process, which is quicker; on one thread, as in `start`. The signals' handlers are put back."""
+    folder.mkdir(exist_ok=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    before, handlers = Path.cwd(), {number: signal.getsignal(number) for number in train_gpt.SIGNALS}
+    os.chdir(folder)
+    try:
+        train_gpt.main(list(words))
+    finally:
+        os.chdir(before)
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def start(words: list[str], folder: Path, script: Path = ROOT / "train_gpt.py", processes: int = 0, **environment):

@@ -1,21 +1,24 @@
-"""A run that is killed and goes on is the run that was never killed; what is no checkpoint is refused in one line."""
+"""A run that is killed and goes on is the run that was never killed; it can be seen, waited for, and forked."""
 
-import gzip
-import json
+import copy
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
-import zipfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, start
+from conftest import ROOT, start, train
 
 import train_gpt
-from checkpoint import file_sha256, read_checkpoint, write_checkpoint
+from bench import kill
+from bench.kill import checkpoint_of, curve, tensors
+from checkpoint import read_checkpoint, write_checkpoint
 from records.__main__ import main as desk
 from records.log import read
 
@@ -45,47 +48,6 @@ def killed(folder: Path, words, owner="train_gpt", name="learning_rate_factor", 
     return start(words, folder, folder / "killed.py", PYTHONPATH=str(ROOT))
 
 
-def train(folder: Path, words):
-    """In this process, which is quicker; on one thread, as in `start`. The signals' handlers are put back."""
-    folder.mkdir(exist_ok=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    before, handlers = Path.cwd(), {number: signal.getsignal(number) for number in train_gpt.SIGNALS}
-    os.chdir(folder)
-    try:
-        train_gpt.main(list(words))
-    finally:
-        os.chdir(before)
-        torch.set_num_threads(threads)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
-def checkpoint_of(folder: Path) -> Path:
-    (found,) = (folder / "logs").glob("*.checkpoint")
-    return found
-
-
-def tensors(state) -> list:
-    """All of a state that is a tensor, by its place."""
-    if isinstance(state, torch.Tensor):
-        return [((), state)]
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
-    return [((key, *place), tensor) for key, value in items for place, tensor in tensors(value)]
-
-
-def curve(folder: Path) -> list:
-    """(seed, step, loss) of every line of the sidecar, the log's lines without times, and the neurons' file."""
-    (path,) = (folder / "logs").glob("*.txt")
-    rows = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
-    lines = [re.sub(r" train_time.*", "", line) for line in path.read_text().split("=" * 100)[2].splitlines()]
-    return ([(row["seed"], row["step"], row.get("val_loss", row.get("loss"))) for row in rows],
-            [line for line in lines if not line.startswith("resumed: ")],
-            gzip.open(path.with_suffix(".neurons.jsonl.gz")).read())
-
-
 @pytest.fixture(scope="module")
 def words(quick):
     return [*quick, "--checkpoint-every", "3", "--trials", "2", "--neurons", "4"]
@@ -101,9 +63,7 @@ def whole(words, tmp_path_factory):
 
 def same(folder: Path, whole: Path):
     assert curve(folder) == curve(whole)
-    states = [tensors(read_checkpoint(checkpoint_of(f))) for f in (folder, whole)]
-    assert [place for place, _ in states[0]] == [place for place, _ in states[1]]
-    assert len(states[0]) == 18 and all(torch.equal(a, b) for (_, a), (_, b) in zip(*states))
+    assert kill.same(folder, whole) and len(tensors(read_checkpoint(checkpoint_of(whole)))) == 18
 
 
 def test_checkpoints_change_nothing(whole, quick, tmp_path):
@@ -150,7 +110,7 @@ def test_a_signal_stops_at_the_next_step(number, words, whole, tmp_path):
 def test_a_signal_may_ask_for_a_checkpoint_alone(quick, tmp_path, monkeypatch):
     """Kills: a run that ends of SIGUSR1, or does not heed it."""
     saved = []
-    monkeypatch.setattr(train_gpt, "write_checkpoint", lambda folder, name, state: saved.append(state["step"]))
+    monkeypatch.setattr("checkpoint.write_checkpoint", lambda folder, name, state: saved.append(state["step"]))
     monkeypatch.setattr(train_gpt, "record_neurons", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
     train(tmp_path, [*quick, "--checkpoint-every", "100", "--neurons", "5"])
     assert saved == [6]  # sent in step 5, after the ranks agreed
@@ -197,93 +157,56 @@ def test_a_fork_is_a_variation_and_no_evidence(quick, whole, tmp_path, capsys):
         assert re.fullmatch(r"records: \S+ is partial: forked from step 8 .+\n", capsys.readouterr().err)
 
 
-def refuse(tmp_path, words) -> str:
-    with pytest.raises(SystemExit) as end:
-        train(tmp_path, words)
-    line = str(end.value)
-    assert line.startswith("train_gpt.py: ") and "\n" not in line
-    return line
-
-
-@pytest.mark.parametrize("values, says", [
-    (["model_dim=64"], "model_dim is 32"), (["batch_tokens=256"], "batch_tokens is 128"),
-    (["direction=adamw"], "direction is aurora"), (["train_steps=9"], "train_steps=9, and"),
-    (["mu=2"], "mu=2.0: the weight of the past")])
-def test_a_fork_that_cannot_be(values, says, whole, tmp_path):
-    """Kills: a traceback from a state that does not fit; a fork that reads other batches than it says."""
-    assert says in refuse(tmp_path, ["--fork-from", str(checkpoint_of(whole)), *values])
-
-
-class Code:
-    def __reduce__(self):
-        return os.mkdir, ("ran",)
-
-
-def damage(folder: Path, what: str):
-    (file,) = folder.glob("*.pt")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    if what == "bit":
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
-    elif what == "cut":
-        file.write_bytes(file.read_bytes()[:-1])
-    elif what == "manifest":
-        (folder / "manifest.json").write_text("[" * 4000)
-    elif what == "outside":
-        (folder / "manifest.json").write_text(json.dumps(manifest | {"file": "../../state.pt"}))
-    elif what == "code":
-        write_checkpoint(folder, "seed0-step1.pt", {"model": Code()})
-    elif what == "other":
-        write_checkpoint(folder, "seed0-step1.pt", {"model": torch.zeros(1)})
-    elif what == "source":
-        write_checkpoint(folder, "seed0-step1.pt", read_checkpoint(folder) | {"source_sha256": "0"})
-    elif what == "bomb":
-        with zipfile.ZipFile(folder / "a.pt", "w", zipfile.ZIP_DEFLATED) as archive, zipfile.ZipFile(file) as stored:
-            for entry in stored.namelist():
-                archive.writestr(entry, stored.read(entry))
-        manifest = dict(file="a.pt", bytes=os.path.getsize(folder / "a.pt"), sha256=file_sha256(folder / "a.pt"))
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-@pytest.mark.parametrize("what, says", [
-    ("bit", "seed1-step9.pt is damaged: its size or sha256 is not what manifest.json says"),
-    ("cut", "seed1-step9.pt is damaged"), ("manifest", "manifest.json is no manifest of a checkpoint"),
-    ("outside", "manifest.json names '../../state.pt', which is no checkpoint's file"),
-    ("code", "seed0-step1.pt is no checkpoint: it is not made of tensors, numbers and text alone"),
-    ("other", "is no checkpoint of a run"), ("source", "is of another version of this program: check out the commit"),
-    ("bomb", "a.pt is compressed, which no checkpoint is")])
-def test_what_is_no_checkpoint_is_refused(what, says, whole, tmp_path):
-    """Kills: a file of a stranger that runs code, reaches outside its folder or unpacks to any size; bits that have
-    changed; weights of another program; a traceback."""
-    folder = tmp_path / "logs" / "run.checkpoint"
-    folder.mkdir(parents=True)
-    for path in checkpoint_of(whole).iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    damage(folder, what)
-    assert says in refuse(tmp_path, ["--resume", "logs/run.checkpoint"])
-    assert not (tmp_path / "ran").exists() and sorted(os.listdir(tmp_path)) == ["logs"]
-
-
-def test_a_resumed_run_needs_its_log_and_its_own_values(whole, tmp_path):
-    """Kills: a log begun anew in the middle of a run; values of the command line that are dropped in silence."""
-    folder = checkpoint_of(whole)
-    assert "is not here, or shorter than" in refuse(tmp_path, ["--resume", str(folder)])
-    assert "without NAME=VALUE" in refuse(tmp_path, ["--resume", str(folder), "mu=0.9"])
-    assert "No such file" in refuse(tmp_path, ["--resume", "logs/nowhere.checkpoint"])
-
-
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path):
-    """Kills: a checkpoint before that is gone; half a file left on a full disk; another exception than the two."""
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(quick, tmp_path, capsys):
+    """Kills: a checkpoint before that is gone; half a file left on a full disk; a run that ends of it, or silence."""
     write_checkpoint(tmp_path / "run", "a.pt", {"x": torch.zeros(10)})
-    code = ("import resource, sys, torch; from pathlib import Path; from checkpoint import write_checkpoint\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))\n"
-            "try: write_checkpoint(Path('run'), 'b.pt', {'x': torch.zeros(10**6)})\n"
-            "except (OSError, RuntimeError): sys.exit(7)")
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert run.returncode == 7
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # takes a log, and no checkpoint
+    try:
+        with pytest.raises((OSError, RuntimeError)):
+            write_checkpoint(tmp_path / "run", "b.pt", {"x": torch.zeros(10**6)})
+        train(tmp_path, [*quick, "--checkpoint-every", "4"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(os.listdir(tmp_path / "run")) == ["a.pt", "manifest.json"]
     assert torch.equal(read_checkpoint(tmp_path / "run")["x"], torch.zeros(10))
+    (log,) = (tmp_path / "logs").glob("*.txt")
+    said = [f"train_gpt.py: no checkpoint logs/{log.stem}.checkpoint/seed0-step{step}.pt: [Errno 27] File too large\n"
+            for step in (4, 8)]
+    assert capsys.readouterr().err == "".join(said)
+    assert read(log).trials[0].complete and os.listdir(checkpoint_of(tmp_path)) == []
+
+
+def test_a_checkpoint_is_of_its_moment(quick, tmp_path, monkeypatch):
+    """Kills: tensors, or AdamW's count of steps, that training changes while the thread writes them; a next checkpoint
+    that does not wait; a run that ends before its last one is whole."""
+    words = [*quick, "--checkpoint-every", "3"]
+    taken, written, step_6 = [], [], threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr("checkpoint.Writer.write", lambda *arguments: taken.append(copy.deepcopy(arguments[-1])))
+        train(tmp_path / "at once", words)
+
+    def slow(folder, name, state):
+        assert step_6.wait(60)
+        time.sleep(0.5)  # while the run goes on to its next checkpoint or its end, unless it waits
+        written.append(copy.deepcopy(state))
+    monkeypatch.setattr("checkpoint.write_checkpoint", slow)
+    factor = train_gpt.learning_rate_factor
+    monkeypatch.setattr(train_gpt, "learning_rate_factor",
+                        lambda step, hp: (step == 5 and step_6.set()) or factor(step, hp))
+    train(tmp_path / "slowly", words)
+    for ours, theirs in zip(written, taken, strict=True):
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors(ours), tensors(theirs), strict=True))
+    assert [state["step"] for state in written] == [3, 6]
+
+
+def test_killed_at_any_moment(tmp_path):
+    """Kills: as above, with two ranks under torchrun's agent, at five moments, some of them within the writing of a
+    checkpoint. `python -m bench.kill` does it fifty times."""
+    code = "import sys; from pathlib import Path; from bench import kill; print(kill.kills(Path(sys.argv[1]), 5))"
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, text=True, capture_output=True,
+                         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, timeout=300)
+    assert re.fullmatch(r"\(5, [1-5]\)\n", run.stdout), run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("words", [["--resume", "logs/a.checkpoint"], ["--fork-from", "logs/a.checkpoint", "mu=0.9"]])
