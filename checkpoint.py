@@ -120,11 +120,11 @@ def read_checkpoint(folder: Path) -> dict:
     if os.path.getsize(path) != size or file_sha256(path) != sha256:
         raise ValueError(f"{path} is damaged: its size or sha256 is not what manifest.json says")
     try:
+        # a few bytes may become any number: by compression, and torch lets a pickle call bytearray(N)
         with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                # a few bytes may become any number: by compression, and torch lets a pickle call bytearray(N)
-                if entry.compress_type or entry.filename.endswith(".pkl") and b"bytearray" in archive.read(entry):
-                    raise ValueError
+            compressed = any(entry.compress_type for entry in archive.infolist())
+        if compressed or b"bytearray" in torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"):
+            raise ValueError
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except OSError:
         raise

@@ -92,7 +92,7 @@ FAULTS = [  # what is typed, what is planted, the line that a person reads
     (["train_steps=many"], nothing, "train_steps=many: train_steps takes a value of type int"),
     (["fast"], nothing, "'fast' is not understood: write NAME=VALUE or @RECIPE"),
     (["@nowhere"], nothing, "@nowhere: there is no records/nowhere/recipe and no file nowhere"),
-    (["micro_batch=0"], nothing, "micro_batch=0: it is at least 1"),
+    (["micro_batch=0"], nothing, "micro_batch=0: it is at least 1 and below 2^63"),
     (["mu=2"], nothing, "mu=2.0: the weight of the past is below 1"),
     (["direction=adam"], nothing,
      "direction='adam': it is one of aurora, aurora_july, aurora_paper, aurora_wide, riemannian_aurora, "
@@ -136,7 +136,8 @@ FAULTS = [  # what is typed, what is planted, the line that a person reads
      "logs/run.checkpoint/seed0-step1.pt is no checkpoint: it is not made of tensors, numbers and text alone"),
     (RESUME, checkpoint(lambda folder, _: write_checkpoint(folder, "seed0-step1.pt", {"x": torch.ones(1)})),
      "logs/run.checkpoint is no checkpoint of a run"),
-    (RESUME, checkpoint(bomb), "logs/run.checkpoint/a.pt is no checkpoint: it is not made of tensors, numbers and text alone"),
+    (RESUME, checkpoint(bomb),
+     "logs/run.checkpoint/a.pt is no checkpoint: it is not made of tensors, numbers and text alone"),
     (RESUME, checkpoint(state(source_sha256="0")),
      "logs/run.checkpoint is of another version of this program: check out the commit that its log names"),
     ([*FORK, "model_dim=64"], checkpoint(), "--fork-from: model_dim is 32 in logs/run.checkpoint and cannot change"),
