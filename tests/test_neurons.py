@@ -142,8 +142,8 @@ def test_a_killed_run_can_be_read(tmp_path, capsys):
 @pytest.mark.parametrize("content, says", [
     (None, "no such file: train_gpt.py --neurons K writes it, every K steps"),
     (b"step:0", "is not what train_gpt.py --neurons writes"),
-    (gzip.compress(b'{"step": 1}\n'), "is not what train_gpt.py --neurons writes"),
-    (gzip.compress(b"step\n"), "is not what train_gpt.py --neurons writes"),
+    (gzip.compress(b'{"step": 1}\n', mtime=0), "is not what train_gpt.py --neurons writes"),
+    (gzip.compress(b"step\n", mtime=0), "is not what train_gpt.py --neurons writes"),
 ])
 def test_files_that_cannot_be_read(content, says, tmp_path, capsys):
     """Kills: a traceback, an error that does not say how to come by the file."""
