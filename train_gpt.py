@@ -1217,6 +1217,9 @@ def main(argv: list[str]):
         sys.exit(out_of_memory(hp, rank, world))
     except OSError as error:  # a log that cannot be written
         sys.exit(f"train_gpt.py: rank {rank}: {error}")
+    except RuntimeError:
+        time.sleep(3)  # it may be the echo of another rank's end: torchrun blames the one that ends first
+        raise
     dist.barrier()  # a process that is gone while another still talks to it aborts that one
     dist.destroy_process_group()
     if failed:

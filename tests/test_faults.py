@@ -411,8 +411,8 @@ def test_a_step_that_hangs_ends_the_job(quick, tmp_path):
 
 
 def test_a_rank_that_is_killed_ends_the_job(quick, tmp_path):
-    """Kills: a survivor that waits; a report that does not name the rank; half a line in the log."""
+    """Kills: a survivor that waits; a report that blames the survivor; half a line in the log."""
     run = start(quick, tmp_path, lost(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)"), 2, PYTHONPATH=str(ROOT))
     assert run.returncode == 1
-    assert re.search(r"rank +: 1 .*\n +exitcode +: -9 ", run.stderr)
+    assert re.search(r"rank +: 1 .*\n +exitcode +: -9 ", run.stderr[run.stderr.index("Root Cause"):])
     assert log_of(tmp_path).read_text().endswith("ms\n")
