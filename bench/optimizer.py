@@ -43,11 +43,16 @@ def make_gradients(hp: train_gpt.Hyperparameters, device: torch.device) -> dict[
     return {name: torch.randn(shape, generator=generator, device=device) for name, shape in shapes.items()}
 
 
+def long_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Those that a run begins with, eight times as long: updates of all but the zeros meet the floor."""
+    return {name: 8 * value for name, value in train_gpt.initial_weights(model, seed=0).items()}
+
+
 def ours(hp: train_gpt.Hyperparameters, gradients: dict[str, Tensor], place: train_gpt.Place) -> Subject:
     with place.device:
         model = train_gpt.GPT(hp)
     banks = train_gpt.make_banks(model, hp, place)
-    train_gpt.fill(banks, train_gpt.initial_weights(model, seed=0))
+    train_gpt.fill(banks, long_weights(model))
     weights = {}
     for bank in banks:
         for name, gradient in zip(bank.params, bank.views(bank.gradients)):
@@ -65,7 +70,7 @@ def published(hp: train_gpt.Hyperparameters, gradients: dict[str, Tensor], place
     with torch.device("meta"):
         model = train_gpt.GPT(hp)
     params = {name: nn.Parameter(value.to(place.device, torch.bfloat16 if name == "embed.weight" else torch.float32))
-              for name, value in separate(train_gpt.initial_weights(model, seed=0)).items()}
+              for name, value in separate(long_weights(model)).items()}
     for name, gradient in separate(gradients).items():
         params[name].grad = gradient.to(params[name].dtype)
     optimizers = unfused_optimizers(params, hp)
@@ -88,10 +93,10 @@ def first_steps(subject: Subject) -> tuple[dict[str, Tensor], int]:
 def compare(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """The largest difference of two changes of a weight, relative to its length; ValueError where bf16 is no excuse."""
     off = {name: ((mine[name] - change).norm() / change.norm()).item() for name, change in theirs.items()}
-    worst = max(off, key=off.get)
-    if not off[worst] <= 0.05:  # bf16 leaves 2%: small singular values of random square matrices, mostly
-        raise ValueError(f"the two optimizers differ by {off[worst]:.3f} of what they add to {worst}")
-    return off[worst]
+    for name, x in off.items():
+        if not x <= 0.05:  # bf16 leaves 3%: small singular values of random square matrices, mostly
+            raise ValueError(f"the two optimizers differ by {x:.3f} of what they add to {name}")
+    return max(off.values())
 
 
 def launched(call: Callable) -> dict[str, int | str]:
@@ -102,8 +107,7 @@ def launched(call: Callable) -> dict[str, int | str]:
         call()
         torch.cuda.synchronize()
     events = record.events()
-    calls = [e.name for e in events if e.device_type == DeviceType.CPU
-             and re.match(r"cu(da)?(Launch|GraphLaunch|Memcpy|Memset)", e.name)]
+    calls = [e.name for e in events if re.match("cu(da)?(Launch|GraphLaunch|Memcpy|Memset)", e.name)]
     return {"kernels": sum(e.device_type == DeviceType.CUDA and not e.is_user_annotation for e in events),
             "launches": len(calls), "CUDA graphs": sum("Graph" in name for name in calls)}
 

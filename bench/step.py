@@ -41,7 +41,8 @@ from bench.optimizer import WARM_UP, make_gradients
 from bench.optimizer import ours as optimizer_of
 
 ROUNDS, FIRST, WAITING = 8, 4, 2  # steps that are timed, that are compared, that are timed part by part
-TOLERANCE = 2e-3  # of a loss: bf16 rounding leaves 9e-4 in four steps of @tiny, a lost bias 2.5e-3
+# Of a loss, before the first step and after it: in four steps of @tiny bf16 rounding leaves 1e-7 and 9e-4
+FORWARD, TRAINED = 1e-4, 2e-3
 OURS, PUBLISHED = "train_gpt.py", "published form"
 KERNELS = [name for module in (kernels.cross_entropy, kernels.mlp, kernels.newton_schulz)
            for name in vars(module) if name.endswith("_kernel")]
@@ -113,7 +114,7 @@ def begin(make: Callable[[], Program]) -> tuple[Program, list[float], int]:
 def compare(mine: list[float], theirs: list[float]) -> float:
     """The largest relative difference of two losses. ValueError where the programs do not compute the same."""
     off = [abs(a / b - 1) for a, b in zip(mine, theirs, strict=True)]
-    if not max(off) <= TOLERANCE:
+    if not all(x <= (TRAINED if i else FORWARD) for i, x in enumerate(off)):
         raise ValueError(f"the two programs are not the same: their losses are {mine} and {theirs}")
     return max(off)
 
