@@ -1,12 +1,16 @@
-"""What the benchmarks share: their command line, the line that says where a number was made, and their tables."""
+"""What the benchmarks share: command line, where a number was made, times and memory, tables."""
 
 import argparse
 import os
 import platform
+import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
 
 import train_gpt
 
@@ -26,7 +30,7 @@ def provenance() -> str:
         triton = "none"
     commit = train_gpt.output_of("git", "-C", str(train_gpt.HERE), "describe", "--always", "--dirty")
     return (f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, Triton {triton}, "
-            f"Python {platform.python_version()}, commit {commit or 'none'}")
+            f"Python {platform.python_version()}, commit {commit or 'unknown'}")
 
 
 def parse(name: str, description: str, words: list[str]) -> tuple[list[str], Path]:
@@ -48,6 +52,56 @@ def publish(name: str, words: list[str], out: Path, *parts: str):
     beside.write_text(text)
     beside.replace(out / f"{name}.md")
     print(text, end="")
+
+
+def override(words: list[str]) -> train_gpt.Hyperparameters:
+    """Result #17's on a GPU, @tiny's without one, and then the words."""
+    return train_gpt.override(words if torch.cuda.is_available() else ["@tiny", *words])
+
+
+def random_batch(hp: train_gpt.Hyperparameters, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets of a step. They are drawn: a step takes the same time for any tokens."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = hp.batch_tokens // hp.sequence_length, hp.sequence_length + 1
+    tokens = torch.randint(hp.vocab_size, shape, generator=generator, device=device)
+    return tokens[:, :-1].int().contiguous(), tokens[:, 1:].contiguous()
+
+
+def wait():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def in_turn(calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each call of each, in turn: a drift of the machine's speed meets all. The GPU is waited for."""
+    times = {name: [] for name in calls}
+    for _ in tqdm(range(rounds), disable=None):
+        for name, call in calls.items():
+            wait()
+            start = time.perf_counter()
+            call()
+            wait()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def most_memory(work: Callable) -> int:
+    """The bytes of tensors that exist at once while it works, at most, above those from before."""
+    if torch.cuda.is_available():
+        wait()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        wait()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        work()
+    held = most = 0
+    events = (e for e in record.profiler.kineto_results.events() if e.name() == "[memory]")
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
 
 
 def shown(value, digits: int = 4) -> str:

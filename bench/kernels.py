@@ -2,15 +2,15 @@
 
     python -m bench.kernels [KERNEL ...] [-o FOLDER]      default: lines newton-schulz head mlp
 
-On a GPU at the record's sizes, the stacks those that 1, 2, 4 and 8 GPUs own; without one small, and the paths in Triton
+On a GPU at the record's sizes, the stacks those that 1 and 8 GPUs own; without one small, and the paths in Triton
 are not measured: its interpreter tells no time. An error is the largest over the outputs, relative, in the Frobenius
 norm; beside it, the largest ratio to what the reference, uncompiled, in the same dtype, is off by. Nothing is timed
 that is off by more than twice as much.
 
-Times are medians and quartiles of ROUNDS calls, of all paths in turn; on a GPU each behind a flush of the L2 and a pause
-in which Python's launches queue up, so at the clocks of a GPU that is not hot: good for comparing paths, better than in
-a run. The budget is bench/roofline.py's: predicted, not measured. Launches are counted by torch.profiler, memory,
-beyond the inputs, by the allocator; the bytes that a kernel really moves are Nsight Compute's to count
+Times are medians and quartiles of ROUNDS calls, of all paths in turn; on a GPU each behind a flush of the L2 and a
+pause in which Python's launches queue up, so at the clocks of a GPU that is not hot: good for comparing paths, better
+than in a run. The budget is bench/roofline.py's: predicted, not measured. Launches are counted by torch.profiler,
+memory, beyond the inputs, by the allocator; the bytes that a kernel really moves are Nsight Compute's to count
 (dram__bytes.sum).
 """
 
@@ -31,15 +31,14 @@ from tqdm import tqdm
 
 import train_gpt
 from aurora import SIMPLE_QUINTIC_12
-from bench import markdown, parse, publish, roofline
-from bench.directions import measure
+from bench import markdown, most_memory, parse, publish, roofline
 from kernels.cross_entropy import SOFTCAP, head_loss, head_loss_reference
 from kernels.mlp import relu2_mlp, relu2_mlp_reference
 from kernels.newton_schulz import NEWTON_SCHULZ_CHOICE, NEWTON_SCHULZ_LINES, newton_schulz, newton_schulz_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
-ROUNDS, WARM_UP = 50, 5
+ROUNDS, WARM_UP = 20, 5
 PEERS = "gram_newton_schulz", "dion"
 PAUSE = 20_000_000  # clock cycles, some 12 ms: longer than Python takes for the launches of any path here
 UNKNOWN = "not measured"
@@ -78,7 +77,7 @@ def compiled(function: Callable) -> Callable:
 
 def stacks() -> list[tuple[int, int, int]]:
     if GPU:
-        return [(K, 768, N) for N, counts in ((768, (48, 24, 12, 6)), (3072, (24, 12, 6, 3))) for K in counts]
+        return [(K, 768, N) for N, counts in ((768, (48, 6)), (3072, (24, 3))) for K in counts]
     return [(6, 64, 64), (3, 64, 256)]
 
 
@@ -291,7 +290,7 @@ def rows(contest: Contest) -> list[dict]:
         row |= {"budget, ms": budget, "launches": UNKNOWN, "budget": sum(k.count for k in contest.budget),
                 "memory, MB": UNKNOWN, "of the logits": "", "budget, GB": moved}
         if name in calls:
-            memory = measure(calls[name], DEVICE)[1]
+            memory = most_memory(calls[name])
             low, ms, high = times[name]
             row |= {"error": off[name][0], "of the reference's": off[name][1], "GPU, ms" if GPU else "CPU, ms": ms,
                     "quartiles": f"{low:.4g} to {high:.4g}", "of torch.compile's": ms / times["torch.compile"][1],

@@ -1,136 +1,148 @@
-"""Time of a training step with aurora.py and with the optimizer as the published script writes it.
+"""The optimizer step of GPT, all of it: train_gpt.py's banks against the published form, one matrix after the other.
 
-    python -m bench.optimizer [@RECIPE] [NAME=VALUE ...] [-o FOLDER]      default: @tiny
+    python -m bench.optimizer [DIRECTION ...] [@RECIPE] [NAME=VALUE ...] [-o FOLDER]
 
-Both optimizers step in turn on the same model and gradients, in one process, so that a drift of the machine's speed
-meets both.
+DIRECTIONs (see aurora.py; default: muon) stand beside aurora. The recipe is result #17 on a GPU, @tiny without one.
+First all step three times from equal weights and gradients, which are random, and aurora is held against the published
+form (bench/baseline.py); on a GPU the third step is a replayed CUDA graph. Then all step in turn, in one process, with
+the collectives of one rank. Memory is what a step holds at most beyond weights and gradients: the state, and what
+passes. A launch is a call by which the CPU has the GPU do something; kernels are what it then does.
 """
 
+import re
 import statistics
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 import train_gpt
-from bench import markdown, parse, publish
+from bench import in_turn, markdown, most_memory, override, parse, publish
+from bench.baseline import separate, unfused_optimizers
+from bench.kernels import UNKNOWN, clocks
 
-STEPS, WARM_UP = 30, 3
-
-
-def newton_schulz(G):
-    X = G.bfloat16()
-    if G.size(0) > G.size(1):
-        X = X.mT
-    X = X / (X.norm() + 1e-7)
-    a, b, c = 2.0, -1.5, 0.5
-    for _ in range(12):
-        A = X @ X.mT
-        B = b * A + c * A @ A
-        X = a * X + B @ X
-    return X.mT if G.size(0) > G.size(1) else X
+ROUNDS, WARM_UP = 20, 3
+UNFUSED = "published form of aurora"
 
 
-def balanced(G):
-    m, n = G.shape
-    if m == n:
-        return newton_schulz(G)
-    if m < n:
-        return balanced(G.mT).mT
-    D = 1 / G.norm(dim=1, keepdim=True).clamp(min=1e-7)
-    U = newton_schulz(D * G)
-    D = D * (n / m / U.float().square().sum(1, keepdim=True).clamp(min=1e-14)).sqrt()
-    return newton_schulz(D * G)
+class Subject(NamedTuple):
+    step: Callable[[], None]
+    weights: dict[str, Tensor]  # masters, by their names in bench/baseline.py
 
 
-def operator_norm(G):
-    v = torch.full((G.size(1),), G.size(1) ** -0.5, device=G.device)
-    for _ in range(5):
-        u = G @ v
-        u = u / u.norm().clamp(min=1e-10)
-        v = G.mT @ u
-        v = v / v.norm().clamp(min=1e-10)
-    return (G @ v).norm()
+def make_gradients(hp: train_gpt.Hyperparameters, device: torch.device) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in train_gpt.GPT(hp).named_parameters()}
+    generator = torch.Generator(device).manual_seed(0)
+    return {name: torch.randn(shape, generator=generator, device=device) for name, shape in shapes.items()}
 
 
-class OneByOne(torch.optim.Optimizer):
-    """Result #17's update (see aurora.py), one matrix after the other: 12 separate Newton-Schulz steps for each."""
+def long_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Those that a run begins with, eight times as long: updates of all but the zeros meet the floor."""
+    return {name: 8 * value for name, value in train_gpt.initial_weights(model, seed=0).items()}
 
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                momentum = self.state[p]["momentum"].lerp_(p.grad, 0.05)
-                N = p.grad.lerp(momentum, 0.95)
-                P = balanced(N)
-                U = P - 0.2 * N / operator_norm(N).clamp(min=1e-10)
-                U = U * P.norm() / U.norm().clamp(min=1e-10) * max(1, N.size(0) / N.size(1)) ** 0.5
-                U = U * (0.35 * p.norm().clamp(min=1e-8) / U.norm().clamp(min=1e-8)).clamp(min=1)
-                p.add_(U, alpha=-group["lr"])
+
+def ours(hp: train_gpt.Hyperparameters, gradients: dict[str, Tensor], place: train_gpt.Place) -> Subject:
+    with place.device:
+        model = train_gpt.GPT(hp)
+    banks = train_gpt.make_banks(model, hp, place)
+    train_gpt.fill(banks, long_weights(model))
+    weights = {}
+    for bank in banks:
+        for name, gradient in zip(bank.params, bank.views(bank.gradients)):
+            gradient.copy_(gradients[name])
+        weights |= dict(zip(bank.params, bank.views(bank.own.detach())))
+
+    def step():
+        for bank in banks:
+            bank.reduce()
+        train_gpt.update(banks, 1.0)
+    return Subject(step, separate(weights))
+
+
+def published(hp: train_gpt.Hyperparameters, gradients: dict[str, Tensor], place: train_gpt.Place) -> Subject:
+    with torch.device("meta"):
+        model = train_gpt.GPT(hp)
+    params = {name: nn.Parameter(value.to(place.device, torch.bfloat16 if name == "embed.weight" else torch.float32))
+              for name, value in separate(long_weights(model)).items()}
+    for name, gradient in separate(gradients).items():
+        params[name].grad = gradient.to(params[name].dtype)
+    optimizers = unfused_optimizers(params, hp)
+
+    def step():
+        for p in params.values():
+            dist.all_reduce(p.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+    return Subject(step, {name: p.detach() for name, p in params.items()})
+
+
+def first_steps(subject: Subject) -> tuple[dict[str, Tensor], int]:
+    """By how much three steps change each weight, and the memory that they take."""
+    before = {name: w.clone() for name, w in subject.weights.items()}
+    memory = most_memory(lambda: [subject.step() for _ in range(3)])
+    return {name: w - before[name] for name, w in subject.weights.items()}, memory
+
+
+def compare(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest difference of two changes of a weight, relative to its length; ValueError where bf16 is no excuse."""
+    off = {name: ((mine[name] - change).norm() / change.norm()).item() for name, change in theirs.items()}
+    for name, x in off.items():
+        if not x <= 0.05:  # bf16 leaves 3%: small singular values of random square matrices, mostly
+            raise ValueError(f"the two optimizers differ by {x:.3f} of what they add to {name}")
+    return max(off.values())
+
+
+def launched(call: Callable) -> dict[str, int | str]:
+    """What a call has the GPU do, and how."""
+    if not torch.cuda.is_available():
+        return dict.fromkeys(("kernels", "launches", "CUDA graphs"), UNKNOWN)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+        call()
+        torch.cuda.synchronize()
+    events = record.events()
+    calls = [e.name for e in events if re.match("cu(da)?(Launch|GraphLaunch|Memcpy|Memset)", e.name)]
+    return {"kernels": sum(e.device_type == DeviceType.CUDA and not e.is_user_annotation for e in events),
+            "launches": len(calls), "CUDA graphs": sum("Graph" in name for name in calls)}
+
+
+def verdict(ms: dict[str, float]) -> str:
+    aim, times = 4 if torch.cuda.is_available() else 2, ms[UNFUSED] / ms["aurora"]
+    return (f"aurora is {times:.2f} times as fast as its published form (aim: {aim}; "
+            f"{'met' if times >= aim else 'missed'}).")
 
 
 def main(words: list[str]):
     words, out = parse("optimizer", __doc__, words)
-    hp = train_gpt.override(words or ["@tiny"])
-    shards = train_gpt.find_shards(hp.train_files, hp.batch_tokens, STEPS, hp.vocab_size)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    place = train_gpt.Place(0, 1, device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-    with device:
-        model = train_gpt.GPT(hp)
-    train_gpt.initialise(model, seed=0)
-    adamw, batched = train_gpt.make_optimizers(model, hp)
-    one_by_one = OneByOne(batched.param_groups[0]["params"], dict(lr=hp.matrix_lr))
-    batches = train_gpt.read_batches(shards, hp.batch_tokens, hp.sequence_length, place)
-    if device.type == "cuda":
-        model.compile(dynamic=False)
-    clock = train_gpt.Clock(place)
-    train_gpt.accumulate_gradients(model, *next(batches), hp)
-    difference = compare(batched, one_by_one)
-    work = {"forward and backward": lambda: train_gpt.accumulate_gradients(model, *next(batches), hp),
-            "AdamW": adamw.step, "Aurora, one matrix at a time": one_by_one.step, "Aurora, batched": batched.step}
-    times = {name: [] for name in work}
-    for _ in tqdm(range(STEPS), disable=None):
-        for name, part in work.items():
-            clock.resume()
-            before = clock.seconds
-            part()
-            times[name].append(clock.read() - before)
-        model.zero_grad()
+    directions = [word for word in words if "=" not in word and not word.startswith("@")] or ["muon"]
+    hp = override([word for word in words if "=" in word or word.startswith("@")])
+    each = {name: replace(hp, direction=name) for name in dict.fromkeys([*directions, "aurora"])}
+    place = train_gpt.join(0, 0, 1)
+    gradients = make_gradients(hp, place.device)
+    subjects = {name: ours(hp, gradients, place) for name, hp in each.items()}
+    subjects[UNFUSED] = published(each["aurora"], gradients, place)
+    del gradients
+    changes, memory = {}, {}
+    for name, subject in subjects.items():
+        changes[name], memory[name] = first_steps(subject)
+    difference = compare(changes["aurora"], changes[UNFUSED])
+    del changes
+    steps = {name: subject.step for name, subject in subjects.items()}
+    ms = {name: statistics.median(times[WARM_UP:]) for name, times in in_turn(steps, WARM_UP + ROUNDS).items()}
+    counts = {name: launched(step) for name, step in steps.items()}
     dist.destroy_process_group()
-    ms = {name: 1000 * statistics.median(t[WARM_UP:]) for name, t in times.items()}
-    rest = ms["forward and backward"] + ms["AdamW"]
-    old, new = ms["Aurora, one matrix at a time"], ms["Aurora, batched"]
-    ms |= {"whole step, one matrix at a time": rest + old, "whole step, batched": rest + new}
     publish("optimizer", words, out,
-            f"Medians of {STEPS - WARM_UP} steps, in turn in one process. From equal weights the two updates differ by "
-            f"{100 * difference:.1f}% at most.",
-            markdown([{"part of a step": name, "ms": t} for name, t in ms.items()]),
-            f"Optimizer {old / new:.2f}x as fast, whole step {(rest + old) / (rest + new):.2f}x as fast.")
-
-
-def compare(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> float:
-    """Step both from the same weights; the largest difference of two updates of one matrix, relative to their length.
-
-    On random gradients, since those of step 0 are zero. ValueError where they are not the same to bf16 rounding.
-    """
-    params = a.param_groups[0]["params"]
-    start = [p.detach().clone() for p in params]
-    for i, p in enumerate(params):
-        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(i)).to(p.device)
-    updates = []
-    for optimizer in (a, b):
-        optimizer.step()
-        updates.append([p.detach() - w for p, w in zip(params, start)])
-        for p, w in zip(params, start):
-            p.data.copy_(w)
-    difference = max(((u - v).norm() / v.norm()).item() for u, v in zip(*updates))
-    if difference > 0.05:  # bf16 leaves 2%: small singular values of random square matrices, mostly
-        raise ValueError(f"the two optimizers differ by {difference:.3f} of an update")
-    return difference
+            f"Medians of {ROUNDS} steps, in turn in one process. {clocks()}. Three steps of aurora and of its "
+            f"published form differ by {100 * difference:.1f}% at most in what they add to a weight.",
+            markdown([{"optimizer": name, "ms": ms[name], "of aurora's": ms[name] / ms["aurora"],
+                       "memory, MB": memory[name] / 1e6, **counts[name]} for name in steps]),
+            verdict(ms))
 
 
 if __name__ == "__main__":

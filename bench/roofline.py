@@ -21,6 +21,7 @@ import torch
 
 import train_gpt
 from bench import markdown, parse, publish
+from bench.baseline import separate
 
 NODE = 8  # GPUs that NVLink connects
 
@@ -64,6 +65,11 @@ TAIL = {("published", "muon"): (12, 8), ("published", "normuon"): (20, 16), ("pu
         ("fused", "muon"): (14, 12), ("fused", "normuon"): (22, 20), ("fused", "aurora"): (48, 70)}
 
 
+def this_card() -> str | None:
+    """The name in GPUS of this machine's GPU."""
+    return next((name for name in GPUS if torch.cuda.is_available() and name in torch.cuda.get_device_name()), None)
+
+
 class Kernel(NamedTuple):
     count: int
     flops: float
@@ -92,9 +98,20 @@ def parameters(hp: train_gpt.Hyperparameters) -> dict[str, torch.Size]:
         return {name: p.shape for name, p in train_gpt.GPT(hp).named_parameters()}
 
 
+@cache
+def apart(hp: train_gpt.Hyperparameters) -> dict[str, torch.Size]:
+    """The parameters with q, k and v apart, as the published program has them."""
+    with torch.device("meta"):
+        return {name: x.shape for name, x in separate(dict(train_gpt.GPT(hp).named_parameters())).items()}
+
+
+def matrices_of_blocks(shapes: dict[str, torch.Size]) -> list[tuple[str, int, int]]:
+    return [(name, *shape) for name, shape in shapes.items() if name.startswith("blocks.") and len(shape) == 2]
+
+
 def block_matrices(hp: train_gpt.Hyperparameters) -> list[tuple[str, int, int]]:
-    """(name, out, in) of the matrices that are not AdamW's."""
-    return [(name, *shape) for name, shape in parameters(hp).items() if name.startswith("blocks.") and len(shape) == 2]
+    """(name, out, in) of the matrices that are not AdamW's; q, k and v are three."""
+    return matrices_of_blocks(apart(hp))
 
 
 ########################################
@@ -106,15 +123,17 @@ def model_kernels(hp: train_gpt.Hyperparameters, sequences: int, form: str) -> d
     tokens, layers = sequences * hp.sequence_length, hp.num_layers
     d, f, v = (2 * tokens * width for width in (hp.model_dim, hp.mlp_dim, hp.vocab_size))
     fused = form == "fused" and hp.activation == "relu2"
-    products = []
-    for name, out, into in block_matrices(hp) + [("head", hp.vocab_size, hp.model_dim)]:
+    products, shapes = [], (parameters if form == "fused" else apart)(hp)
+    for name, out, into in matrices_of_blocks(shapes) + [("head", hp.vocab_size, hp.model_dim)]:
         up = fused and name.endswith("fc.weight")  # relu^2 rides on it, its backward on the dx of proj
         down = fused and name.endswith("mlp.proj.weight")
         products += [product(1, tokens, out, into, "Triton" if up else "cuBLAS"),
                      product(1, tokens, into, out, "Triton" if down else "cuBLAS", f if down else 0),  # dx
                      product(1, out, into, tokens)]  # dW
     elementwise = [Kernel(4 * layers, 0, 4 * d), Kernel(2 * layers, 0, 5 * d),  # norms, residual; norm of q, k, rotary
-                   Kernel(layers, 0, 3 * d), Kernel(5 * layers, 0, d)]  # sum of dx of q, k, v; gradients of biases
+                   Kernel(5 * layers, 0, d)]  # gradients of biases
+    if form == "published":
+        elementwise.append(Kernel(layers, 0, 3 * d))  # sum of dx of q, k, v
     if hp.activation == "swiglu":
         elementwise += [Kernel(layers, 0, 3 * f), Kernel(layers, 0, 5 * f), Kernel(2 * layers, 0, f)]
     elif not fused:
@@ -128,8 +147,8 @@ def model_kernels(hp: train_gpt.Hyperparameters, sequences: int, form: str) -> d
             "attention": [Kernel(layers, 2 * size, 4 * d, tiles, "forward"),
                           Kernel(layers, 5 * size, 8 * d, tiles, "backward")],
             "softcap and loss": [Kernel(2, 0, passes * v / 2)],
-            "embedding, casts, gradient sums": [Kernel(4, 0, 1.5 * d), Kernel(len(parameters(hp)), 0,
-                                                                           moved * weights / len(parameters(hp)))]}
+            "embedding, casts, gradient sums": [Kernel(4, 0, 1.5 * d),
+                                                Kernel(len(shapes), 0, moved * weights / len(shapes))]}
 
 
 def flops(hp: train_gpt.Hyperparameters) -> dict[str, float]:
@@ -253,7 +272,7 @@ def published_step(hp: train_gpt.Hyperparameters, gpus: int, nodes: int, gpu: GP
     rest = sum(s.numel() for s in parameters(hp).values()) - sum(m * n for _, m, n in matrices)
     busy = seconds([Kernel(2, 0, 14 * rest)], gpu, backend, LAUNCH["published"])  # AdamW, of all, on every rank
     travel = sum(collective(gpus, nodes, s.numel() * (2 if name == "embed.weight" else 4), gpu, trips=2)
-                 for name, s in parameters(hp).items())
+                 for name, s in apart(hp).items())
     for (m, n), count in rounds.items():
         busy += seconds(update_kernels(count, m, n, hp.direction, "published"), gpu, backend, LAUNCH["published"])
         if gpus > 1:

@@ -1,19 +1,42 @@
 """What bench/ counts and predicts, and that its programs run. Nothing here is timed."""
 
+import re
+import subprocess
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from conftest import ROOT
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.autograd import DeviceType
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import train_gpt
-from bench import kernels, roofline
-from kernels.cross_entropy import softcapped_cross_entropy_reference
+from bench import baseline, kernels, optimizer, roofline, step
+from kernels.cross_entropy import head_loss_reference
 
 RECORD = train_gpt.Hyperparameters()
+TINY = ["@tiny", "num_layers=2", "vocab_size=512", "batch_tokens=128", "sequence_length=32", "micro_batch=2"]
+of_a_cpu = pytest.mark.skipif(kernels.GPU, reason="is of a CPU")
+
+
+def table(text: str) -> list[dict[str, str]]:
+    """The rows of the first table of a text."""
+    lines = next(part for part in text.split("\n\n") if part.startswith("| ")).splitlines()
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    return [dict(zip(head, row)) for row in rows]
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_stays():
+    yield
+    if dist.is_initialized():  # a program that ended early
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("words", [[], ["model_dim=256", "num_layers=3", "mlp_expansion=2.5", "activation=swiglu",
@@ -29,15 +52,17 @@ def test_flops_of_the_model(words):
         model = train_gpt.GPT(hp)
         inputs = torch.zeros(hp.micro_batch, hp.sequence_length, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        softcapped_cross_entropy_reference(model.logits(inputs).flatten(0, 1), inputs.flatten()).backward()
+        x = model.activations(inputs)
+        head_loss_reference(x.flatten(0, 1), model.head.weight, model.head.bias, inputs.flatten()).backward()
     counted = counter.get_flop_counts()["Global"]
     times = hp.batch_tokens // hp.sequence_length // hp.micro_batch
     found = roofline.flops(hp)
     assert found["products"] == times * (counted[torch.ops.aten.mm] + counted[torch.ops.aten.addmm])
     assert found["attention"] == pytest.approx(times * counted[torch.ops.aten.bmm] * 7 / 12, rel=1e-12)
-    fused, published = ([k for part in roofline.model_kernels(hp, 8, form).values() for k in part]
-                        for form in ("fused", "published"))
-    assert sum(k.count * k.flops for k in fused) == sum(k.count * k.flops for k in published)
+    fused, published = (roofline.model_kernels(hp, 8, form) for form in ("fused", "published"))
+    assert len(published["products"]) - len(fused["products"]) == 6 * hp.num_layers  # q, k and v are one
+    assert (sum(k.count * k.flops for part in fused.values() for k in part)
+            == sum(k.count * k.flops for part in published.values() for k in part))
 
 
 def test_flops_of_the_record():
@@ -151,6 +176,12 @@ def test_provenance(monkeypatch):
     assert bench.provenance().startswith("Card X, driver 570.1, ") and bench.provenance().endswith("commit abc123")
 
 
+def test_a_commit_that_nobody_knows(monkeypatch):
+    """Kills: a crash, or an empty word, where git is not installed or the sources are no checkout."""
+    monkeypatch.setattr(train_gpt, "output_of", lambda *command: "")
+    assert bench.provenance().endswith("commit unknown")
+
+
 def test_markdown():
     """Kills: a column that is not aligned as its kind, a bar in a head that breaks the table."""
     assert bench.markdown([{"a|b": "x", "n": 1.23456}, {"a|b": "y", "n": 20000}]) == (
@@ -203,11 +234,10 @@ def test_only_the_call_is_timed(as_on_a_gpu, monkeypatch):
 
 @pytest.mark.skipif(kernels.GPU, reason="stands in for one")
 def test_lines_as_on_a_gpu(as_on_a_gpu, tmp_path):
-    """Kills: a Triton product called with the wrong operands or arguments, a path that is left out, the wrong winner."""
+    """Kills: a Triton product called with wrong operands or arguments, a path that is left out, the wrong winner."""
     kernels.main(["lines", "-o", str(tmp_path)])
     text = (tmp_path / "kernels.md").read_text()
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
-    found = [dict(zip(table[0], cells)) for cells in table[2:]]
+    found = table(text)
     assert [(row["kernel"], row["path"]) for row in found] == [
         (line, path) for line in ("X X^T", "a X + B X", "b A + c A A")
         for path in ("torch.compile", "Triton", "cuBLAS")]
@@ -237,10 +267,259 @@ def test_kernels_on_a_cpu(tmp_path, monkeypatch):
     kernels.main(["newton-schulz", "head", "mlp", "-o", str(tmp_path)])
     text = (tmp_path / "kernels.md").read_text()
     measured = "CPU, ms" if not kernels.GPU else "GPU, ms"
-    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
-    for row in (dict(zip(table[0], cells)) for cells in table[2:]):
+    for row in table(text):
         assert float(row[measured]) > 0 and float(row["of the reference's"]) <= 2
         assert {row["CPU, ms"], row["GPU, ms"]} == {row[measured], "not measured"}
         assert (float(row["of the logits"]) > 1) if row["kernel"].startswith("head") else row["of the logits"] == ""
     with pytest.raises(ValueError, match="'heads' is not one of lines, newton-schulz, head, mlp"):
         kernels.main(["heads"])
+
+
+########################################
+#          Optimizer and step          #
+########################################
+
+@of_a_cpu
+def test_most_memory():
+    """Kills: memory that is summed but not given back, or of which only the last is seen."""
+    def work():
+        a = torch.empty(2**20, dtype=torch.uint8)
+        b = torch.empty(2**20, dtype=torch.uint8)
+        del a
+        return b, torch.empty(2**18, dtype=torch.uint8)
+    assert bench.most_memory(work) == 2**21
+
+
+def test_in_turn(monkeypatch):
+    """Kills: one program's time under another's name, programs that do not take turns, seconds for milliseconds."""
+    clock, calls = iter(range(100)), []
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(clock) ** 2)
+    assert bench.in_turn({name: lambda name=name: calls.append(name) for name in "ab"}, 2) == {
+        "a": [1000, 9000], "b": [5000, 13000]}
+    assert calls == list("abab")
+
+
+@of_a_cpu
+def test_optimizer_on_a_cpu(tmp_path):
+    """Kills: a bench that does not run, a direction that is lost, a number of a GPU that nothing measured."""
+    optimizer.main([*TINY, "muon", "normuon", "-o", str(tmp_path)])
+    text = (tmp_path / "optimizer.md").read_text()
+    rows = table(text)
+    assert [row["optimizer"] for row in rows] == ["muon", "normuon", "aurora", optimizer.UNFUSED]
+    assert all(float(row["ms"]) > 0 < float(row["memory, MB"]) and row["launches"] == "not measured" for row in rows)
+    assert "(aim: 2; m" in text
+
+
+@pytest.mark.parametrize("name", ["head.weight", "blocks.1.mlp.fc.weight", "blocks.0.attn.qkv.weight"])
+def test_another_optimizer_is_not_timed(name, tmp_path, monkeypatch):
+    """Kills: a check of the two optimizers that cannot fail, or that looks at some of the weights."""
+    published = optimizer.published
+
+    def other(hp, gradients, place):
+        return published(hp, gradients | {name: gradients[name].flip(0)}, place)
+    monkeypatch.setattr(optimizer, "published", other)
+    with pytest.raises(ValueError, match=name.replace("qkv", "[qkv]")):
+        optimizer.main([*TINY, "matrix_lr=0.01", "-o", str(tmp_path)])  # steps that are short, beside the weights
+    assert not list(tmp_path.iterdir())
+
+
+def test_launches(monkeypatch):
+    """Kills: kernels of a replayed graph counted as launches, an annotation or an operator counted as either."""
+    def event(name, gpu=False, annotation=False):
+        return SimpleNamespace(name=name, device_type=DeviceType.CUDA if gpu else DeviceType.CPU,
+                               is_user_annotation=annotation)
+    events = [event("aten::add"), event("cudaGraphLaunch"), event("cuLaunchKernelEx"), event("cudaMemcpyAsync"),
+              event("cudaStreamSynchronize"), event("Optimizer.step", True, True)] + [event("a_kernel", True)] * 5
+
+    class Profile:
+        def __init__(self, activities):
+            pass
+
+        def __enter__(self):
+            return SimpleNamespace(events=lambda: events)
+
+        def __exit__(self, *error):
+            pass
+    monkeypatch.setattr(optimizer, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert optimizer.launched(lambda: None) == {"kernels": 5, "launches": 3, "CUDA graphs": 1}
+
+
+@of_a_cpu
+def test_step_on_a_cpu(tmp_path):
+    """Kills: a published form that computes something else, a bench that does not run, a number of a GPU that nothing
+    measured, shares that are not of the whole."""
+    step.main([*TINY, "-o", str(tmp_path)])
+    text = (tmp_path / "step.md").read_text()
+    rows = table(text)
+    assert [row["program"] for row in rows] == [step.OURS, step.PUBLISHED]
+    for row in rows:
+        # a column has four digits
+        assert float(row["tokens/s"]) == pytest.approx(128 / (float(row["step, ms"]) / 1000), rel=2e-3)
+        assert row["utilisation"] == "not measured" and row["predicted, ms"] == "none"
+    assert "(aim on a GPU: 1.5; not measured)" in text and "None" not in text
+    for part in text.split("\n## ")[1:]:
+        for name in (step.OURS, step.PUBLISHED):
+            assert sum(float(row[f"{name}, %"]) for row in table(part)) == pytest.approx(100, abs=0.5)
+
+
+@pytest.mark.parametrize("mistake", ["k and v exchanged", "another rate", "a bias lost"])
+def test_another_program_is_not_timed(mistake, tmp_path, monkeypatch):
+    """Kills: a check of the two programs that cannot fail."""
+    separate, optimizers, mlp = baseline.separate, baseline.unfused_optimizers, baseline.relu2_mlp_reference
+
+    def exchanged(values):
+        names = {"k": "v", "v": "k"}
+        return {re.sub(r"\.([kv])\.", lambda match: f".{names[match[1]]}.", name): value
+                for name, value in separate(values).items()}
+    monkeypatch.setattr(baseline, *{
+        "k and v exchanged": ("separate", exchanged),
+        "another rate": ("unfused_optimizers", lambda params, hp: optimizers(params, replace(hp, head_lr=1 / 250))),
+        "a bias lost": ("relu2_mlp_reference", lambda x, fc, b, *proj: mlp(x, fc, 0 * b, *proj))}[mistake])
+    with pytest.raises(ValueError, match="the two programs are not the same"):
+        step.main([*TINY, "-o", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_losses_are_compared():
+    """Kills: a first loss, which rounding hardly reaches, judged like the later ones, or one that is not judged."""
+    assert step.compare([10.0, 5.0], [10.0005, 5.005]) == pytest.approx(1e-3, rel=1e-2)
+    for theirs in ([10.002, 5.0], [10.0, 5.02], [float("nan"), 5.0], [10.0, float("nan")]):
+        with pytest.raises(ValueError, match="not the same"):
+            step.compare([10.0, 5.0], theirs)
+
+
+@of_a_cpu
+def test_what_compiles_again_is_not_published(tmp_path, monkeypatch):
+    """Kills: times with a compilation in them."""
+    in_turn = step.in_turn
+
+    def compiling(calls, rounds):
+        counters["stats"]["unique_graphs"] += 1
+        return in_turn(calls, rounds)
+    monkeypatch.setattr(step, "in_turn", compiling)
+    with pytest.raises(AssertionError, match="compiled again"):
+        step.main([*TINY, "-o", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_of_a_step(monkeypatch):
+    """Kills: a part under another's name, a second bank or a second micro-batch that is not counted, time lost."""
+    clock = [0.0]
+
+    def spend(seconds):
+        clock[0] += seconds
+
+    class Model(nn.Module):
+        def forward(self, x):
+            spend(3)
+            return x.sum()
+
+    class Bank:
+        def update(self):
+            spend(7)
+    model, banks, x = Model(), [Bank(), Bank()], torch.ones(2, requires_grad=True)
+    x.register_hook(lambda gradient: spend(5))
+
+    def program():
+        for _ in range(2):
+            model(x).backward()
+        for bank in banks:
+            bank.update()
+        spend(1)
+    monkeypatch.setattr(step.time, "perf_counter", lambda: clock[0])
+    assert step.parts(step.Program(program, model, [(bank, "update") for bank in banks])) == {
+        "forward": 6000, "backward": 10000, "optimizer": 14000, "gradient sums, collectives, the rest": 1000}
+    assert "update" not in vars(banks[0]) and Model.__call__ is nn.Module.__call__
+
+
+@pytest.mark.parametrize("name, group", [
+    ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
+    ("loss_kernel", "Triton kernels of this project"), ("dpre_kernel", "Triton kernels of this project"),
+    ("triton_poi_fused__scaled_dot_product_cudnn_attention_clone_3", "elementwise, compiled"),
+    ("triton_red_fused__to_copy_mm_sum_5", "reductions, compiled"),
+    ("triton_per_fused_rms_norm_2", "reductions, compiled"),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1_kernel0_0", "attention"),
+    ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits<cutlass::bfloat16_t>>",
+     "attention"),
+    ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NNT", "GEMM"),
+    ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1", "GEMM"),
+    ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_bf16_128x128_64x3_nt_align8>(...)", "GEMM"),
+    ("Memcpy DtoD (Device -> Device)", "copies"), ("Memset (Device)", "copies"),
+    ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>(...)", "reductions"),
+    ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>(...)", "elementwise"),
+    ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor<float>>", "elementwise"),
+    ("aten::addmm", "GEMM"), ("aten::add", "elementwise"), ("autograd::engine::evaluate_function: MmBackward", "other"),
+])
+def test_groups_of_kernels(name, group):
+    """Kills: a kernel in another's group: Inductor names kernels after operators, attention is built with cutlass."""
+    assert step.group_of(name) == group
+
+
+def test_step_as_on_a_gpu(monkeypatch):
+    """Kills: another work or peak in the utilisation, the prediction of the other program, an aim judged backwards."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    times, memory = {step.OURS: [700.0] * 3, step.PUBLISHED: [1100.0] * 3}, {step.OURS: 6e9, step.PUBLISHED: 10e9}
+    ours, published = step.rows(RECORD, times, memory)
+    assert float(ours["utilisation"][:-1]) == pytest.approx(100 * 423.3 / 0.7 / 989, abs=0.06)
+    assert ours["tokens/s"] == round(524288 / 0.7)
+    assert ours["predicted, ms"] == roofline.predict(RECORD, "H200", 1)
+    assert published["predicted, ms"] == roofline.predict(RECORD, "H200", 1, form="published")
+    assert step.verdict(times, memory, {"aurora": 12.0, "muon": 4.0}) == (
+        "train_gpt.py is 1.57 times as fast (aim on a GPU: 1.5; met), in 0.60 of the memory (aim: 0.5; missed). Aurora "
+        "costs 1.16% of a step more than Muon (aim: 1%; missed).")
+
+
+########################################
+#               gpu.sh                 #
+########################################
+
+def gpu_sh(folder, **environment):
+    return subprocess.run(["bash", str(folder / "bench" / "gpu.sh"), "out"], cwd=folder, text=True, capture_output=True,
+                          env={"PATH": f"{folder}:/usr/bin:/bin"} | environment)
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """A folder with gpu.sh and a Python that notes what it is asked for, and fails where a word of $BAD is."""
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "gpu.sh").write_text((ROOT / "bench" / "gpu.sh").read_text())
+    (tmp_path / "python3").write_text(f'''#!/bin/sh
+[ -z "$BAD" ] || case "$*" in *$BAD*) exit 1;; esac
+case "$*" in
+    *provenance*) echo Card X, commit unknown;;
+    *sysconfig*) printf "/lib a\\n/lib b\\n";;
+    *batches_in*) echo 180;;
+    *train_gpt.py*) mkdir logs; echo step:0/180 val_loss:9.1 > logs/run.txt; echo log: logs/run.txt;;
+    *verify*) echo FAIL; exit 1;;
+esac
+echo "$*" >> {tmp_path}/calls
+''')
+    (tmp_path / "python3").chmod(0o755)
+    return tmp_path
+
+
+def test_gpu_sh_without_a_gpu(stub):
+    """Kills: a start without a GPU, more than a line about it, files left behind."""
+    run = gpu_sh(stub, BAD="cuda")
+    assert run.returncode == 1 and run.stdout == "" and run.stderr.count("\n") == 1
+    assert "finds no GPU; on a CPU run ./run.sh test" in run.stderr and not (stub / "out").exists()
+
+
+@pytest.mark.parametrize("bad", ["", "bench.step", "train_gpt.py"])
+def test_gpu_sh(stub, bad):
+    """Kills: a stage that is left out or ends the others, a failure that the exit code hides, a summary without the
+    machine, times, curve or verdict, a verdict of no that is taken for a failure, results in another folder."""
+    run = gpu_sh(stub, BAD=bad)
+    assert run.returncode == bool(bad), run.stderr
+    summary = (stub / "out" / "gpu.md").read_text()
+    assert summary.startswith("# bench/gpu.sh\n\nCard X, commit unknown.\n\n- tests: passed, ")
+    outcomes = [line.split(": ")[1].split(",")[0] for line in summary.splitlines() if line.startswith("- ")]
+    stages = ["pytest", "bench.kernels", "bench.optimizer", "bench.step", "data/local.py", "train_gpt.py"]
+    assert outcomes == ["failed" if stage == bad else "passed" for stage in stages]
+    assert ("\n\nFAIL\n\nstep:0/180" in summary) == (bad != "train_gpt.py")
+    calls = (stub / "calls").read_text()
+    assert f"bench.kernels -o {stub}/out\n" in calls and "train_steps=180" in calls.split("bench.kernels")[1] or bad
+    assert summary.splitlines()[-1] in run.stdout == (stub / "out" / "gpu.txt").read_text()
