@@ -51,9 +51,9 @@ case " $* " in *" @tiny "*) .venv/bin/python data/local.py --encoding bytes ;; e
 WORLD_SIZE=$processes .venv/bin/python -m records doctor -- "$@"
 case " $* " in *" --dry-run "*) exit ;; esac
 
-# The trainer's last line names its log; a run beside it may have begun a newer one. -ip: Ctrl-C is for the trainer.
+# The trainer's last line names its log, if it ran: a run beside it may have begun a newer one. -ip: Ctrl-C is for the trainer.
 exec 3>&1
 log=$(PYTHONUNBUFFERED=1 .venv/bin/torchrun --standalone --nproc_per_node="$processes" train_gpt.py "$@" |
     tee -ip /dev/stderr 2>&1 >&3 | sed -n 's/^log: //p')
 # the verdict may be no: the run is whole all the same
-.venv/bin/python -m records verify "$log" || [ $? = 1 ]
+[ -z "$log" ] || .venv/bin/python -m records verify "$log" || [ $? = 1 ]

@@ -58,7 +58,8 @@ def test_run_sh_with_gpus(tmp_path):
 
 
 def test_run_sh_stops_where_the_doctor_finds_an_end(tmp_path):
-    """Kills: a paid start of what cannot run; a verdict on another run's log where the trainer fails."""
+    """Kills: a paid start of what cannot run; a verdict on another run's log, or on none, where the trainer fails or
+    finds all its seeds finished."""
     (tmp_path / "run.sh").write_text((ROOT / "run.sh").read_text())
     (tmp_path / "requirements.txt").write_text("pins\n")
     for name in ("pip", "python", "torchrun"):
@@ -67,7 +68,8 @@ def test_run_sh_stops_where_the_doctor_finds_an_end(tmp_path):
         stub.write_text(f'#!/bin/sh\necho "{name} $*" >> calls\ncase "{name} $*" in *$BAD*) exit 1;; esac\n')
         stub.chmod(0o755)
     (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")
-    for bad, last in (("doctor", "python -m records doctor -- @tiny"), ("torchrun", "train_gpt.py @tiny")):
+    for bad, code, last in (("doctor", 1, "python -m records doctor -- @tiny"), ("torchrun", 1, "train_gpt.py @tiny"),
+                            ("nothing", 0, "train_gpt.py @tiny")):
         run = subprocess.run(["bash", "run.sh"], cwd=tmp_path,
                              env={"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "BAD": bad})
-        assert run.returncode == 1 and (tmp_path / "calls").read_text().splitlines()[-1].endswith(last)
+        assert run.returncode == code and (tmp_path / "calls").read_text().splitlines()[-1].endswith(last)
