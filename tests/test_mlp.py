@@ -1,7 +1,8 @@
 """The ReLU^2 MLP in kernels: bit for bit where its products are exact, and against autograd in float64.
 
 Operands of a few bits are multiplied and summed in fp32 without rounding, to sums that fp16 and bf16 cannot hold: so
-the roundings that the contract names are the only ones, and they do round. On random operands the error is at most twice that of PyTorch in the same dtype.
+the roundings that the contract names are the only ones, and they do round. On random operands the error is at most
+twice that of PyTorch in the same dtype.
 """
 
 import math

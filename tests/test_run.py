@@ -90,7 +90,8 @@ def test_a_run_that_diverges_stops_and_says_so(small, tmp_path):
     assert run.returncode == 1
     (log,) = (tmp_path / "logs").glob("*.txt")
     last = log.read_text().splitlines()[-1]
-    assert re.fullmatch(r"failed: the gradient of blocks.0.mlp.fc.weight and of \d+ others is not finite on rank 0 at step 2", last)
+    assert re.fullmatch(r"failed: the gradient of blocks.0.mlp.fc.weight and of \d+ others is not finite on rank 0 "
+                        r"at step 2", last)
     assert run.stderr == f"train_gpt.py: seed 0: {last.removeprefix('failed: ')}\n"
 
 
