@@ -431,7 +431,7 @@ class Bank:
         self.weights[self.mine] = self.own
 
     def send(self, collective: Callable, *tensors: Tensor):
-        """To nobody where there is one rank: gloo would still copy, in a thread whose pool takes the cores from the main
+        """To nobody where there is one rank: gloo would still copy, in a thread whose pool takes cores from the main
         one's (on two cores a step of the tiny recipe took 166 ms, not 118)."""
         self.work = collective(*tensors, async_op=True) if self.world > 1 else None
 

@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def provenance() -> str:
-    """One line: GPU and driver or CPU, threads, torch, Triton, Python, commit."""
+    """One line: GPU and driver or CPU, threads, torch, Triton, Python, commit; dirty if more than results changed."""
     if torch.cuda.is_available():
         driver = train_gpt.output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
         machine = f"{torch.cuda.get_device_name()}, driver {driver}"
@@ -28,9 +28,11 @@ def provenance() -> str:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = "none"
-    commit = train_gpt.output_of("git", "-C", str(train_gpt.HERE), "describe", "--always", "--dirty")
+    git = "git", "-C", str(train_gpt.HERE)
+    commit = train_gpt.output_of(*git, "describe", "--always") or "unknown"
+    dirty = train_gpt.output_of(*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!*/results/*")
     return (f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, Triton {triton}, "
-            f"Python {platform.python_version()}, commit {commit or 'unknown'}")
+            f"Python {platform.python_version()}, commit {commit}{'-dirty' * bool(dirty)}")
 
 
 def parse(name: str, description: str, words: list[str]) -> tuple[list[str], Path]:

@@ -52,8 +52,8 @@ def main():
         assert not find_fault(path, sha256) and find_fault(path, "0")
         table = ["# python -m bench.verify_shard", "",
                  f"A shard of {SHARD_TOKENS:,} tokens, {os.path.getsize(path):,} bytes; one process of "
-                 f"{os.cpu_count()} cores ({train_gpt.processor()}), numpy {np.__version__}; median of {REPEATS}, lowest "
-                 "to highest.", "",
+                 f"{os.cpu_count()} cores ({train_gpt.processor()}), numpy {np.__version__}; median of {REPEATS}, "
+                 "lowest to highest.", "",
                  "| check | in memory, s | read from disk, s |", "|---|---:|---:|"]
         for name, check in checks.items():
             cells = [f"{statistics.median(seconds):.3f} ({min(seconds):.3f} to {max(seconds):.3f})"

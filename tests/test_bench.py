@@ -167,13 +167,16 @@ def test_roofline_prints(tmp_path, capsys):
 
 
 def test_provenance(monkeypatch):
-    """Kills: a line without commit, driver or a version, or of several lines."""
+    """Kills: a line without commit, driver or a version, or of several lines; changes that are not told of."""
     line = bench.provenance()
     assert "\n" not in line and f"torch {torch.__version__}" in line and train_gpt.processor() in line
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Card X")
-    monkeypatch.setattr(train_gpt, "output_of", lambda *command: "570.1" if command[0] == "nvidia-smi" else "abc123")
+    said = {"--query-gpu=driver_version": "570.1", "describe": "abc123", "status": ""}
+    monkeypatch.setattr(train_gpt, "output_of", lambda *command: next(said[word] for word in command if word in said))
     assert bench.provenance().startswith("Card X, driver 570.1, ") and bench.provenance().endswith("commit abc123")
+    said["status"] = " M train_gpt.py"
+    assert bench.provenance().endswith("commit abc123-dirty")
 
 
 def test_a_commit_that_nobody_knows(monkeypatch):
