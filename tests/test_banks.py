@@ -10,9 +10,8 @@ from conftest import one_process
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train_gpt
 from aurora import DIRECTIONS, Aurora
-from train_gpt import GPT, Hyperparameters, Place, fill, initial_weights, make_banks, override, replayed, update
+from train_gpt import GPT, Place, fill, initial_weights, make_banks, override, replayed, update
 
 CPU = torch.device("cpu")
 # 3 blocks: 12 squares, 3 tall and 3 wide matrices; of the tall ones 4 ranks own 1, 1, 1 and none
