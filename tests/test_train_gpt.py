@@ -301,7 +301,7 @@ def test_batches_are_upstreams(tmp_path):
 
 
 def test_gradients_do_not_depend_on_the_micro_batch(model, small):
-    """Kills: a mean over micro-batches, a gradient that is overwritten, lost, or summed in bf16.
+    """Kills: a mean over micro-batches, a gradient that is overwritten, lost, or summed in bf16, or to the last step's.
 
     A micro-batch's own gradient is rounded to bf16 (2^-9), so sums over other partitions differ by about that; one
     partition's must be exactly the fp32 sum of its micro-batches'.
@@ -314,6 +314,8 @@ def test_gradients_do_not_depend_on_the_micro_batch(model, small):
             hp = override([*small, f"micro_batch={micro_batch}"])
             banks = train_gpt.make_banks(model, hp, Place(0, 1, CPU))
             train_gpt.fill(banks, values)
+            for bank in banks:
+                bank.gradients.fill_(1)  # of the step before
             loss = train_gpt.accumulate_gradients(model, banks, batch, hp)
             results.append((loss.item(), {name: g for bank in banks
                                           for name, g in zip(bank.params, bank.views(bank.gradients.clone()))}))
