@@ -9,7 +9,6 @@ until its file is whole: on a machine at rest the difference says the same. Writ
 """
 
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -21,10 +20,10 @@ from tqdm import tqdm
 
 import checkpoint
 import train_gpt
+from bench import RESULTS, publish
 from checkpoint import Writer, read_checkpoint
 
 REPEATS = 5
-RESULT = Path(__file__).parent / "results" / "checkpoint.md"
 HP = train_gpt.override(["batch_tokens=128", "sequence_length=128", "val_tokens=128"])
 
 
@@ -96,20 +95,17 @@ def main():
         (first, *rows), writings = measure(Path(folder, "run.checkpoint"))
         size = sum(path.stat().st_size for path in Path(folder).rglob("*.pt"))
     core = [core for core, _ in writings[1:]]
-    lines = ["# python -m bench.checkpoint", "",
-             f"GPT-2 small with its optimizers: {size / 1e9:.2f} GB. {platform.machine()}, {os.cpu_count()} cores, "
-             f"{torch.get_num_threads()} threads, PyTorch {torch.__version__}; load {load:.1f} before and "
-             f"{os.getloadavg()[0]:.1f} after, of which this program is at most {torch.get_num_threads() + 1}. "
-             f"Seconds, of {REPEATS} checkpoints after a first one, which waits {first[2]:.1f} s.", "",
-             "| | median | lowest | highest |", "|---|---:|---:|---:|",
+    what = (f"GPT-2 small with its optimizers: {size / 1e9:.2f} GB; {os.cpu_count()} cores, load {load:.1f} before and "
+            f"{os.getloadavg()[0]:.1f} after, of which this program is at most {torch.get_num_threads() + 1}. "
+            f"Seconds, of {REPEATS} checkpoints after a first one, which waits {first[2]:.1f} s.")
+    lines = ["| | median | lowest | highest |", "|---|---:|---:|---:|",
              f"| training waits | {row([waited for _, _, waited in rows])}",
              f"| the writing thread is on a core | {row(core)}",
              f"| **cost at most**, their sum | {row([r[2] + c for r, c in zip(rows, core)])}",
              f"| the file is whole after | {row([r[2] + w for r, (_, w) in zip(rows, writings[1:])])}",
              f"| measured: passes with it take longer by | {row([b - a for a, b, _ in rows])}",
              f"| where they take | {row([a for a, _, _ in rows])}"]
-    RESULT.write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    publish("checkpoint", [], RESULTS, what, "\n".join(lines))
 
 
 if __name__ == "__main__":

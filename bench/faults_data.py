@@ -13,8 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from bench import RESULTS, publish
+
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "bench" / "results" / "faults_data.md"
 LOCAL = ["data/local.py", "TEXTS", "--encoding", "bytes", "--val-tokens", "1000", "--out", "DISK/out"]
 FINEWEB = ["data/fineweb.py", "TEXTS/a.txt", "TEXTS/b.txt", "--shard-tokens", "100000", "--out", "DISK/out"]
 DOCTOR = ["-m", "records", "doctor"]
@@ -47,8 +48,7 @@ def attempt(words: list[str], read_only: bool, folder: Path) -> list[str]:
 
 
 def main():
-    table = ["# python -m bench.faults_data", "", "A tmpfs of 1 MiB and 1.2 MB of text; paths are shortened.", "",
-             "| program | disk | exit | first line | left there |", "|---|---|---:|---|---|"]
+    table = ["| program | disk | exit | first line | left there |", "|---|---|---:|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         texts = Path(folder, "texts")
         texts.mkdir()
@@ -59,8 +59,7 @@ def main():
                 cells = attempt(words, read_only, Path(folder))
                 table.append(f"| {' '.join(words[:1] if words != DOCTOR else words[1:])} | "
                              f"{'read-only' if read_only else '1 MiB'} | {' | '.join(cells)} |")
-    RESULT.write_text("\n".join(table) + "\n")
-    print("\n".join(table))
+    publish("faults_data", [], RESULTS, "A tmpfs of 1 MiB and 1.2 MB of text; paths are shortened.", "\n".join(table))
 
 
 if __name__ == "__main__":

@@ -28,12 +28,12 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tqdm import tqdm
 
 import train_gpt
+from bench import RESULTS, publish
 from checkpoint import read_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
 from shards import write_shard
 
-RESULT = Path(__file__).parent / "results" / "kill.md"
 STEPS, EVERY = 30, 3
 WORDS = ["train_files=train.bin", "val_files=val.bin", "batch_tokens=128", "sequence_length=16", "val_tokens=256",
          "micro_batch=4", "vocab_size=8192", "num_layers=2", "model_dim=32", "head_dim=16", f"train_steps={STEPS}",
@@ -178,16 +178,14 @@ def main(count: str = "50"):
         minutes = (time.perf_counter() - began) / 60
         lost = {name: lose(Path(folder, name), getattr(signal, name)) for name in ("SIGKILL", "SIGSTOP")}
         whole = [resumed(Path(folder, name), Path(folder, "whole")) for name in lost]
-    lines = [f"# python -m bench.kill {count}", "",
-             f"{STEPS} steps, a checkpoint every {EVERY}, two processes on the CPU under torchrun's agent, "
-             f"PyTorch {torch.__version__}; load {load:.0f} before, {minutes:.0f} minutes.", "",
-             "| runs killed | of them while a checkpoint was being written | resumed: equal to the whole run |",
+    what = (f"{STEPS} steps, a checkpoint every {EVERY}, two processes on the CPU under torchrun's agent; "
+            f"load {load:.0f} before, {minutes:.0f} minutes.")
+    lines = ["| runs killed | of them while a checkpoint was being written | resumed: equal to the whole run |",
              "|---:|---:|---:|", f"| {count} | {halves} | {equal} |", "",
              "| rank 1 is sent | the job has ended after | what is said | resumed: equal |", "|---|---:|---|---|",
              *(f"| {name} | {seconds:.0f} s | {'<br>'.join(said)} | {'yes' if equal else 'no'} |"
                for (name, (seconds, said)), equal in zip(lost.items(), whole))]
-    print("\n".join(lines))
-    RESULT.write_text("\n".join(lines) + "\n")
+    publish("kill", [count], RESULTS, what, "\n".join(lines))
 
 
 if __name__ == "__main__":

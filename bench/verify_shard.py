@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 
 import train_gpt
+from bench import RESULTS, publish
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
 from shards import SHARD_TOKENS, find_fault, write_shard  # noqa: E402
 
 REPEATS = 5
-RESULT = Path(__file__).parent / "results" / "verify_shard.md"
 
 
 def drop_pages(path: Path):
@@ -50,17 +50,14 @@ def main():
         checks = {"header, size, token range": lambda: train_gpt.find_shards(str(path), 524288, 190, 50304),
                   "header, size, sha256": lambda: find_fault(path, sha256)}
         assert not find_fault(path, sha256) and find_fault(path, "0")
-        table = ["# python -m bench.verify_shard", "",
-                 f"A shard of {SHARD_TOKENS:,} tokens, {os.path.getsize(path):,} bytes; one process of "
-                 f"{os.cpu_count()} cores ({train_gpt.processor()}), numpy {np.__version__}; median of {REPEATS}, "
-                 "lowest to highest.", "",
-                 "| check | in memory, s | read from disk, s |", "|---|---:|---:|"]
+        what = (f"A shard of {SHARD_TOKENS:,} tokens, {os.path.getsize(path):,} bytes; one process of "
+                f"{os.cpu_count()} cores, numpy {np.__version__}; median of {REPEATS}, lowest to highest.")
+        table = ["| check | in memory, s | read from disk, s |", "|---|---:|---:|"]
         for name, check in checks.items():
             cells = [f"{statistics.median(seconds):.3f} ({min(seconds):.3f} to {max(seconds):.3f})"
                      for seconds in (time_check(check, path, cold) for cold in (False, True))]
             table.append(f"| {name} | {' | '.join(cells)} |")
-    RESULT.write_text("\n".join(table) + "\n")
-    print("\n".join(table))
+    publish("verify_shard", [], RESULTS, what, "\n".join(table))
 
 
 if __name__ == "__main__":
