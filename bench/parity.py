@@ -1,13 +1,14 @@
 """Does another script of the track train as train_gpt.py does? Same tokens, same schedule, same machine, two curves.
 
     python data/local.py --encoding gpt2 /usr/share /usr/lib/python3      text of this machine, once: 60M tokens or more
-    python -m bench.parity --script OTHER.py [--steps N] [--seeds K] [NAME=VALUE ...]
+    python -m bench.parity --script OTHER.py [--steps N] [--seeds K] [--pairs] [NAME=VALUE ...]
 
 NAME=VALUE are train_gpt.py's; OTHER.py keeps its own recipe as literals, of which a short run changes four: steps,
 validation tokens, interval of evaluations, micro-batch. These edits are shown; a script in which one cannot be made is
 refused. Both run under torchrun with a process a GPU, or one on the CPU, in turn: a drift of the machine's speed meets
 both. Ours have the seeds 0 to K - 1; a script that takes --seed gets K to 2K - 1, one that sets none draws weights of
-its own each time: all 2K runs are independent.
+its own each time: all 2K runs are independent. With --pairs it gets 0 to K - 1 too, for a script that draws the weights
+of a seed as train_gpt.py does: the band stays, but the difference is known more exactly, as most noise cancels.
 
 PARITY is accepted where, at each of the J evaluations after step 25, the difference of the two means lies inside the
 band of seed noise, t(1 - .05 / 2J, 2K - 2) s sqrt(2 / K), s the pooled deviation between runs (records/statistics.py).
@@ -43,7 +44,7 @@ from tqdm import tqdm
 from bench import provenance
 from records.program import number
 from records.sample import Sample, gather
-from records.statistics import Moments, pooled, t_quantile
+from records.statistics import Moments, paired, pooled, t_quantile
 from train_gpt import Hyperparameters, batches_in, find_shards, open_shard, output_of, override
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
@@ -192,12 +193,12 @@ def gpu_memory() -> int:
 def train_both(args: argparse.Namespace, hp: Hyperparameters, folder: Path):
     """K runs of each in folder/ours and folder/other, in turn."""
     words = [f"{name}={value}" for name, value in vars(hp).items() if not name.endswith("_files")]
-    source, runs = args.script.read_text(), []
+    source, runs, first = args.script.read_text(), [], 0 if args.pairs else args.seeds
     script = folder / args.script.name
     script.write_text(edit(source, hp))
     for k in range(args.seeds):
         pair = [("ours", k, ROOT / "train_gpt.py", [*words, "--seed", str(k)]),
-                ("other", k, script, seed_arguments(source, args.seeds + k))]
+                ("other", k, script, seed_arguments(source, first + k))]
         runs += pair if k % 2 == 0 else pair[::-1]
     for name, k, script, arguments in tqdm(runs, unit="run", disable=None):
         run(folder / name / str(k), folder / "data", script, arguments)
@@ -207,8 +208,9 @@ def train_both(args: argparse.Namespace, hp: Hyperparameters, folder: Path):
 #               Judgement              #
 ########################################
 
-def judge(ours: Sample, other: Sample) -> dict:
-    """The two curves at every common step, and the verdict; ValueError where there is nothing to judge."""
+def judge(ours: Sample, other: Sample, pairs: bool = False) -> dict:
+    """The two curves at every common step, and the verdict; in pairs run k of each began with equal weights. ValueError
+    where there is nothing to judge."""
     for sample in (ours, other):
         if sample.n < 2 or sample.diverged:
             raise ValueError(f"{sample.name}: {sample.n} runs can be used, {len(sample.diverged)} diverged: "
@@ -217,25 +219,29 @@ def judge(ours: Sample, other: Sample) -> dict:
     count = sum(step > JUDGED_AFTER for step in steps)
     if not count:
         raise ValueError(f"no common evaluation after step {JUDGED_AFTER}: train longer, or evaluate more often")
-    rows = [compare(step, ours.moments[step], other.moments[step], LEVEL / count) for step in steps]
+    rows = [compare(step, [[trial.losses[step] for trial in sample.used if step in trial.losses]
+                           for sample in (ours, other)], pairs, LEVEL / count) for step in steps]
     judged = [row for row in rows if row["step"] > JUDGED_AFTER]
     worst = max(judged, key=lambda row: abs(row["difference"]) / (row["band"] or 1))
     return {"verdict": all(abs(row["difference"]) <= row["band"] for row in judged), "n": (ours.n, other.n),
-            "rows": rows, "judged": count, "worst": worst}
+            "pairs": pairs, "rows": rows, "judged": count, "worst": worst}
 
 
-def compare(step: int, a: Moments, b: Moments, level: float) -> dict:
-    at = pooled(a, b)
-    threshold, spread = refusal(at.df, level)
+def compare(step: int, losses: list[list[float]], pairs: bool, level: float) -> dict:
+    a, b = map(Moments.of, losses)
+    noise = pooled(a, b)
+    at = paired(*losses) if pairs else noise
+    threshold, spread = refusal(noise.df, level, at.error / (noise.error or 1))
     return {"step": step, "ours": a.mean, "other": b.mean, "difference": at.value, "half_width": at.half_width(),
-            "band": threshold * at.error, "refused_in_90%": (threshold + 1.2816 * spread) * at.error}
+            "band": threshold * noise.error, "refused_in_90%": (threshold + 1.2816 * spread) * noise.error}
 
 
-def refusal(df: float, level: float) -> tuple[float, float]:
+def refusal(df: float, level: float, error: float = 1) -> tuple[float, float]:
     """(t, s): a two-sided t-test refuses a true difference of x standard errors with probability Phi((x - t) / s), or a
-    little more often: the normal approximation of the non-central t (Johnson and Welch 1940)."""
+    little more often: the normal approximation of the non-central t (Johnson and Welch 1940). `error`: that of the
+    difference, in those; in pairs it is smaller."""
     t = t_quantile(1 - level / 2, df)
-    return t, sqrt(1 + t * t / (2 * df))
+    return t, sqrt(error * error + t * t / (2 * df))
 
 
 def seconds_a_step(sample: Sample) -> float:
@@ -254,9 +260,9 @@ def sentence(result: dict) -> str:
             f"{abs(at['difference']) / (at['band'] or 1):.2f} of the band, +-{at['band']:.4f}")
     verdict = (f"PARITY: at all {result['judged']} evaluations after step {JUDGED_AFTER} the curves differ by no more "
                f"than seeds do; nearest to the edge, {said}" if result["verdict"] else f"NO PARITY: {said}")
-    return (f"{verdict} (n={result['n'][0]} and {result['n'][1]}). At the last step it is {last['difference']:+.4f} "
-            f"+- {last['half_width']:.4f} (95%); one of {last['refused_in_90%']:.4f} would be refused there in nine "
-            "cases of ten.")
+    n = f"n={result['n'][0]} and {result['n'][1]}{', in pairs' * result['pairs']}"
+    return (f"{verdict} ({n}). At the last step it is {last['difference']:+.4f} +- {last['half_width']:.4f} (95%); one "
+            f"of {last['refused_in_90%']:.4f} would be refused there in nine cases of ten.")
 
 
 ########################################
@@ -307,7 +313,8 @@ def draw(ours: Sample, other: Sample, result: dict) -> Figure:
     steps, band = [row["step"] for row in judged], [row["band"] for row in judged]
     below.fill_between(steps, [-x for x in band], band, color="0.9", label="band of seed noise, 95% over the curve")
     below.errorbar(steps, [row["difference"] for row in judged], [row["half_width"] for row in judged],
-                   color="black", marker="o", markersize=3, linewidth=1, capsize=2, label="difference, 95% each")
+                   color="black", marker="o", markersize=3, linewidth=1, capsize=2,
+                   label=f"difference, 95% each{', in pairs' * result['pairs']}")
     below.axhline(0, color="0.5", linewidth=0.8)
     below.set_xlim(JUDGED_AFTER, 1.02 * steps[-1])
     below.set_xlabel("step")
@@ -346,6 +353,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--script", type=Path, required=True, metavar="OTHER.py")
     parser.add_argument("--steps", type=int, default=200, metavar="N", help="length of the schedule (default 200)")
     parser.add_argument("--seeds", type=int, default=3, metavar="K", help="runs of each (default 3)")
+    parser.add_argument("--pairs", action="store_true", help="the same seeds for both, and so the same weights")
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="logs go there (default: a new logs/parity-...); "
                         "runs that it already holds are not repeated")
     parser.add_argument("-o", dest="out", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER",
@@ -371,7 +379,9 @@ def main(words: list[str]) -> int:
         hp = hyperparameters(args.overrides, args.steps)
         source = args.script.read_text()
         try:
-            edited, arguments = edit(source, hp), seed_arguments(source, args.seeds)
+            edited, arguments = edit(source, hp), seed_arguments(source, 0 if args.pairs else args.seeds)
+            if args.pairs and not arguments:
+                raise ValueError("--pairs: it takes no --seed S to draw equal weights from")
         except (SyntaxError, ValueError) as error:
             raise ValueError(f"{args.script}: {error}") from None
         changes = list(difflib.unified_diff(source.splitlines(), edited.splitlines(), lineterm="", n=0))[2:]
@@ -382,13 +392,13 @@ def main(words: list[str]) -> int:
         samples = [gather([str(folder / name)]) for name in ("ours", "other")]
         for sample, name in zip(samples, ("train_gpt.py", args.script.name)):
             sample.name = name
-        result = judge(*samples)
+        result = judge(*samples, args.pairs)
         paragraphs = [tokens, sentence(result), table(result), cost(*samples)]
     except (OSError, ValueError) as error:
         print(f"bench.parity: {error}", file=sys.stderr)
         return 2
     command = shlex.join(["--script", str(args.script), "--steps", str(args.steps), "--seeds", str(args.seeds),
-                          *args.overrides])
+                          *["--pairs"] * args.pairs, *args.overrides])
     publish("parity", args.out, [f"# python -m bench.parity {command}", *paragraphs],
             curves(samples[0]) + curves(samples[1]), draw(*samples, result))
     return 0 if result["verdict"] else 1

@@ -113,6 +113,11 @@ def curves(source: random.Random, n: int, shift: float, steps) -> list[Trial]:
                   train_steps=steps[-1]) for _ in range(n)]
 
 
+def of_deviation(sd: float, n: int) -> list[float]:
+    ramp = [k - (n - 1) / 2 for k in range(n)]
+    return [sd * x / Moments.of(ramp).sd for x in ramp]
+
+
 def refusals(source: random.Random, n: int, shift: float, times: int, steps=range(25, 201, 25)) -> float:
     return sum(not parity.judge(*(sample(curves(source, n, x, steps)) for x in (0, shift)))["verdict"]
                for _ in range(times)) / times
@@ -128,8 +133,46 @@ def test_a_faithful_script_is_accepted_at_the_stated_rate():
 def test_the_stated_difference_is_refused_in_nine_of_ten(n):
     """Kills: a report of more power than there is, as from a deviation that is taken to be known (n=3: 66%). 400 draws
     have a standard error of 1.5%; rounding up, and the other six evaluations, which refuse 4%, add up to 4%."""
-    last = parity.compare(200, *[Moments(n, 0.0, 0.01)] * 2, parity.LEVEL / 7)["refused_in_90%"]
+    last = parity.compare(200, [of_deviation(0.01, n)] * 2, False, parity.LEVEL / 7)["refused_in_90%"]
     assert 0.86 < refusals(random.Random(2), n, last, 400) < 0.98
+
+
+def test_in_pairs():
+    """Kills: the noise of the weights left in the interval, a band of the rounding alone, power as of runs that share
+    no weights, seeds that differ. Weights spread losses by .01; what is left in a pair by .001."""
+    source = random.Random(3)
+
+    def pairs(shift):
+        weights = [source.gauss(3, 0.01) for _ in range(5)]
+        return [sample([Trial(losses={step: w + x + source.gauss(0, 0.0007) for step in (30, 60)}, train_steps=60)
+                        for w in weights]) for x in (0, shift)]
+
+    ours, other = pairs(0.002)
+    alone, paired = (parity.judge(ours, other, in_pairs)["rows"][-1] for in_pairs in (False, True))
+    assert paired["band"] == alone["band"] > 0.01
+    assert paired["difference"] == pytest.approx(alone["difference"], abs=1e-12)
+    assert paired["half_width"] == pytest.approx(2.776 * 0.001 / 5**0.5, rel=0.6)  # of a deviation from five pairs
+    shift = parity.compare(60, [of_deviation(0.01, 5), [x + y for x, y in zip(
+        of_deviation(0.01, 5), of_deviation(0.001, 5))]], True, parity.LEVEL / 2)["refused_in_90%"]
+    assert shift < 0.9 * parity.compare(60, [of_deviation(0.01, 5)] * 2, False, parity.LEVEL / 2)["refused_in_90%"]
+    said = [parity.judge(*pairs(shift), True)["verdict"] for _ in range(400)]
+    assert 0.84 < 1 - sum(said) / 400 < 0.98
+
+
+def test_pairs_share_seeds(tmp_path, monkeypatch):
+    """Kills: --pairs that gives the script other seeds than ours, runs without it that share one."""
+    script, seeds = tmp_path / "script" / "other.py", []
+    script.parent.mkdir()
+    script.write_text(SCRIPT + "'--seed'")
+    monkeypatch.setattr(parity, "run", lambda folder, data, script, words: seeds.append(
+        (folder.parent.name, folder.name, words[-1])))
+    for words in ([], ["--pairs"]):
+        args = parity.parse(["--script", str(script), "--seeds", "2", *words])
+        parity.train_both(args, HP, tmp_path)
+    assert seeds == [("ours", "0", "0"), ("other", "0", "2"), ("other", "1", "3"), ("ours", "1", "1"),
+                     ("ours", "0", "0"), ("other", "0", "0"), ("other", "1", "1"), ("ours", "1", "1")]
+    script.write_text(SCRIPT)
+    assert parity.main(["--script", str(script), "--pairs"]) == 2
 
 
 def test_each_planted_difference_is_one():
