@@ -50,6 +50,7 @@ from kernels.bf16 import linear
 from kernels.cross_entropy import cross_entropy_path, head_loss
 from kernels.mlp import mlp_path, relu2_mlp
 from kernels.newton_schulz import newton_schulz_path
+from kernels.qkv import qkv_heads, qkv_path
 
 HERE = Path(__file__).resolve().parent
 
@@ -280,13 +281,7 @@ class Rotary(nn.Module):
 
     def forward(self, length: int) -> tuple[Tensor, Tensor]:
         angle = torch.outer(torch.arange(length, device=self.frequency.device), self.frequency)
-        return angle.cos()[:, None, None], angle.sin()[:, None, None]  # (T, 1, 1, K/2) each, fp32
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, T, 2, H, K): pairs (x_i, x_{i + K/2}) turned by the angle of their position; computed in fp32."""
-    x1, x2 = x.float().chunk(2, dim=-1)
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).type_as(x)
+        return angle.cos(), angle.sin()  # (T, K/2) each, fp32
 
 
 class Attention(nn.Module):
@@ -296,9 +291,7 @@ class Attention(nn.Module):
         self.qkv, self.proj = Linear(dim, 3 * dim), Linear(dim, dim)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, -1, self.head_dim))  # (B, T, 3, H, K)
-        qk = rotate(F.rms_norm(qkv[:, :, :2], (self.head_dim,)), *rotary)
-        q, k, v = (y.transpose(1, 2) for y in (*qk.unbind(2), qkv[:, :, 2]))  # (B, H, T, K)
+        q, k, v = qkv_heads(x, self.qkv.weight, self.qkv.bias, *rotary, self.head_dim)  # (B, H, T, K)
         y = F.scaled_dot_product_attention(q, k, v, scale=0.12, is_causal=True)
         return self.proj(y.transpose(1, 2).flatten(2))
 
@@ -657,6 +650,7 @@ def facts(hp: Hyperparameters, place: Place, shards: dict[str, int], source: str
     else:
         lines.append(f"threads: {torch.get_num_threads()}")
     lines += [f"attention: {place.attention}", f"newton_schulz: {newton_schulz_path(place.device)}",
+              f"qkv: {qkv_path(place.device)}",
               f"mlp: {mlp_path(place.device) if hp.activation == 'relu2' else 'plain PyTorch'}",
               f"cross_entropy: {cross_entropy_path(place.device)}"]
     dirty = output_of("git", "-C", str(HERE), "status", "--porcelain", "--untracked-files=no")

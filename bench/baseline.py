@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.cross_entropy import head_loss_reference
 from kernels.mlp import relu2_mlp_reference
-from train_gpt import Hyperparameters, Linear, Rotary, micro_batches, rotate
+from kernels.qkv import rotate
+from train_gpt import Hyperparameters, Linear, Rotary, micro_batches
 
 EVERY_ATTENTION = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
                    SDPBackend.MATH]
@@ -45,8 +46,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)) for layer in (self.q, self.k, self.v))  # (B, T, H, K)
-        cos, sin = (angle[:, 0] for angle in rotary)
-        q, k = (rotate(F.rms_norm(y, (self.head_dim,)), cos, sin) for y in (q, k))
+        q, k = (rotate(F.rms_norm(y, (self.head_dim,)), *rotary) for y in (q, k))
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, H, T, K)
         y = F.scaled_dot_product_attention(q, k, v, scale=0.12, is_causal=True)
         return self.proj(y.transpose(1, 2).flatten(2))

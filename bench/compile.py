@@ -30,6 +30,7 @@ from bench import markdown, parse, publish
 from kernels.cross_entropy import losses_of_rows, to_gradient_
 from kernels.mlp import activation_gradient, up_projection
 from kernels.newton_schulz import newton_schulz_fused
+from kernels.qkv import gradient_of_qkv
 
 # KB of shared memory that a block may have (CUDA C++ Programming Guide, table "Technical Specifications per Compute
 # Capability"): A100, RTX 40 (and 30), H100 and H200, B200, RTX 50
@@ -52,6 +53,12 @@ def mlp(x: torch.Tensor, fc_weight: torch.Tensor, fc_bias: torch.Tensor, proj_we
         x, proj_weight, up_projection(x, fc_weight, fc_bias, capability), capability)
 
 
+def qkv(B: int, T: int, H: int, K: int):
+    by_token = [bf16(B, T, H, K).transpose(1, 2) for _ in range(3)]  # as attention leaves gradients
+    angles = [torch.empty(T, K // 2, device="meta") for _ in range(2)]
+    return lambda capability: gradient_of_qkv(*by_token, bf16(B, T, 3 * H * K), *angles)
+
+
 def bf16(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
@@ -60,6 +67,7 @@ LAUNCHES = {
     "Newton-Schulz, wide": newton_schulz_triton(bf16(24, 768, 3072)),
     "Newton-Schulz, tall": newton_schulz_triton(bf16(24, 3072, 768).mT),
     "head": head(bf16(65536, 50304)),
+    "q, k, v": qkv(64, 1024, 6, 128),
     "MLP": mlp(bf16(65536, 768), bf16(3072, 768), bf16(3072), bf16(768, 3072)),
 }
 

@@ -1,6 +1,6 @@
 """Each kernel: its error against float64, then its time against the torch.compile'd reference.
 
-    python -m bench.kernels [KERNEL ...] [-o FOLDER]      default: lines newton-schulz head mlp
+    python -m bench.kernels [KERNEL ...] [-o FOLDER]      default: lines newton-schulz head mlp qkv
 
 On a GPU at the record's sizes, the stacks those that 1 and 8 GPUs own; without one small, and the paths in Triton
 are not measured: its interpreter tells no time. An error is the largest over the outputs, relative, in the Frobenius
@@ -35,6 +35,7 @@ from bench import markdown, most_memory, parse, publish, roofline
 from kernels.cross_entropy import SOFTCAP, head_loss, head_loss_reference
 from kernels.mlp import relu2_mlp, relu2_mlp_reference
 from kernels.newton_schulz import NEWTON_SCHULZ_CHOICE, NEWTON_SCHULZ_LINES, newton_schulz, newton_schulz_reference
+from kernels.qkv import qkv_heads, qkv_heads_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
@@ -193,7 +194,33 @@ def mlp() -> list[Contest]:
                     {"torch.compile": step(compiled(relu2_mlp_reference)), "ours": step(relu2_mlp)}, budget)]
 
 
-CONTESTS = {"lines": lines, "newton-schulz": newton_schulz_contests, "head": head, "mlp": mlp}
+def qkv() -> list[Contest]:
+    sequences, few, length, heads, head_dim = (64, 2, 1024, 6, 128) if GPU else (8, 2, 128, 2, 32)
+    dim = heads * head_dim
+    cos, sin = train_gpt.Rotary(head_dim).to(DEVICE)(length)
+
+    def inputs(small: bool) -> tuple:
+        B = few if small else sequences
+        leaves = normal(B, length, dim), normal(3 * dim, dim, scale=dim**-0.5), normal(3 * dim, scale=0.1)
+        # with a token's heads together, as attention leaves gradients
+        gradients = (normal(B, length, heads, head_dim).transpose(1, 2) for _ in range(3))
+        return *(leaf.requires_grad_() for leaf in leaves), *gradients
+
+    def step(function):
+        def path(x, weight, bias, *gradients):
+            y = function(x, weight, bias, cos, sin, head_dim)
+            return *(t.detach() for t in y), *torch.autograd.grad(y, (x, weight, bias), gradients)
+        return path
+    tokens = sequences * length
+    d = 2 * tokens * dim
+    budget = [roofline.product(1, tokens, 3 * dim, dim), roofline.product(1, tokens, dim, 3 * dim),
+              roofline.product(1, 3 * dim, dim, tokens), roofline.Kernel(1, 0, 4 * d), roofline.Kernel(1, 0, 8 * d)]
+    return [Contest("q, k, v, forward and backward", f"{tokens}x{dim}x{3 * dim}", inputs, step(qkv_heads_reference),
+                    step(qkv_heads_reference),
+                    {"torch.compile": step(compiled(qkv_heads_reference)), "ours": step(qkv_heads)}, budget)]
+
+
+CONTESTS = {"lines": lines, "newton-schulz": newton_schulz_contests, "head": head, "mlp": mlp, "qkv": qkv}
 
 
 def peer(package: str, module: str):

@@ -16,6 +16,7 @@ from conftest import ROOT, one_process, write_shard
 import train_gpt
 from kernels.cross_entropy import fused_head_loss
 from kernels.mlp import fused_relu2_mlp
+from kernels.qkv import fused_qkv_heads
 from train_gpt import GPT, Hyperparameters, Place, flatten, initial_weights, override, read_batches, render
 
 CPU = torch.device("cpu")
@@ -228,6 +229,7 @@ def kernels(monkeypatch):
     """What a GPU runs, interpreted. The interpreter cannot multiply bf16: the model has to be in fp32."""
     monkeypatch.setattr(train_gpt, "head_loss", partial(fused_head_loss, rows=40))
     monkeypatch.setattr(train_gpt, "relu2_mlp", fused_relu2_mlp)
+    monkeypatch.setattr(train_gpt, "qkv_heads", fused_qkv_heads)
 
 
 def test_the_model_is_one_graph(model, kernels):

@@ -1,0 +1,233 @@
+"""What torch.compile makes of the model for an H100 that need not be there: kernels and bytes of a micro-batch.
+
+    python -m bench.graph [@RECIPE] [NAME=VALUE ...] [-o FOLDER]
+
+Both programs, train_gpt.py's (fused) and bench/baseline.py's (published), are traced at the recipe's size, forwards and
+backwards, and TorchInductor writes its Triton kernels, as in a run; then it stops, before anything is compiled or
+allocated. Bytes are Inductor's own count: each kernel reads and writes each of its buffers once, so of a kernel that
+reads twice, or keeps something in memory for itself, it is the least. A product and an opaque operator count their
+operands and results; the head's, fused, has the logits inside, which no graph shows, and is left out. Attention stands
+for any of its backends. Beside it, what bench/roofline.py takes for the same kernels.
+
+The tensors are fake and live on the CPU while autograd traces them; then they are said to be on a GPU. What asks for
+that GPU is told of an H100. `torch._inductor` is private: this holds for the pinned version.
+"""
+
+import sys
+from collections import Counter
+from contextlib import ExitStack
+from functools import partial
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._decomp import decomposition_table
+from torch._dynamo.device_interface import CudaInterface
+from torch._dynamo.utils import detect_fake_mode
+from torch._functorch.aot_autograd import aot_function, make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext, tracing
+from torch._inductor import compile_fx, config, ir
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes import joint_graph, reinplace
+from torch._inductor.graph import GraphLowering
+from torch._inductor.scheduler import NopKernelSchedulerNode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+import train_gpt
+from bench import markdown, parse, publish, roofline
+from bench.baseline import UnfusedGPT
+from kernels import cross_entropy, mlp, qkv
+
+CARD = SimpleNamespace(name="NVIDIA H100", type="cuda", index=0, major=9, minor=0, multi_processor_count=132,
+                       warp_size=32, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048,
+                       max_threads_per_block=1024, total_memory=80 << 30, L2_cache_size=50 << 20,
+                       shared_memory_per_block_optin=227 << 10)
+TOLD = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
+
+
+class Written(Exception):
+    """All kernels are written: nothing is to follow."""
+
+
+########################################
+#        Attention, any backend        #
+########################################
+
+@torch.library.custom_op("bench::attention", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError
+
+
+@torch.library.custom_op("bench::attention_backward", mutates_args=())
+def attention_backward(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor,
+                       lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    raise NotImplementedError
+
+
+attention.register_fake(lambda q, k, v: (torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)))
+attention_backward.register_fake(lambda dy, q, k, v, y, lse: tuple(map(torch.empty_like, (q, k, v))))
+attention.register_autograd(lambda ctx, dy, _: attention_backward(dy, *ctx.saved_tensors),
+                            setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, *output))
+
+
+########################################
+#               Tracing                #
+########################################
+
+def on_an_h100() -> ExitStack:
+    """Whatever asks for the GPU is told of one."""
+    stack, always = ExitStack(), lambda value: lambda *_, **__: value
+    for target, name, value in [
+            (torch.cuda, "is_available", always(True)), (torch.cuda, "_lazy_init", always(None)),
+            (torch.cuda, "device_count", always(1)), (torch.cuda, "current_device", always(0)),
+            (torch.cuda, "_exchange_device", always(0)), (torch.cuda, "_maybe_exchange_device", always(0)),
+            (torch.cuda, "get_device_capability", always((9, 0))), (torch.cuda, "get_device_properties", always(CARD)),
+            (torch.cuda, "get_rng_state", always(torch.zeros(16, dtype=torch.uint8))),
+            (torch.cuda, "set_rng_state", always(None)), (torch.version, "cuda", "12.9"),
+            (CudaInterface, "get_device_properties", always(CARD)), (CudaInterface, "is_available", always(True)),
+            (CudaInterface.Worker, "get_device_properties", always(CARD)),
+            (CudaInterface, "get_compute_capability", always(90)), (CudaInterface, "is_triton_capable", always(True)),
+            (CudaInterface, "raise_if_triton_unavailable", always(None)), (driver, "_active", TOLD),
+            (joint_graph, "lazy_init", always(None)),  # patterns of attention, which are traced on the GPU
+            (reinplace, "_inplace_generalized_scatter", lambda whole, part, views: whole),  # only a shape is wanted
+            (F, "scaled_dot_product_attention", lambda q, k, v, **_: attention(q, k, v)[0]),
+            *((kernel, "runs_kernels", always(True)) for kernel in (cross_entropy, mlp, qkv))]:
+        stack.enter_context(mock.patch.object(target, name, value))
+    scatter = torch.ops.aten._unsafe_masked_index_put_accumulate.default  # of the embedding's gradient, only a shape
+    stack.enter_context(mock.patch.dict(decomposition_table, {scatter: lambda whole, *_: torch.empty_like(whole)}))
+    stack.enter_context(config.patch(fx_graph_cache=False, compile_threads=1))
+    return stack
+
+
+def to_gpu(value):
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda:0")
+
+
+def written(graph: torch.fx.GraphModule, inputs: list, **kwargs) -> list[tuple[str, int]]:
+    """(kind, bytes) of each kernel that Inductor writes for a graph of the CPU, as if it were the GPU's."""
+    for node in graph.graph.nodes:
+        if "device" in node.kwargs:
+            node.kwargs = node.kwargs | {"device": torch.device("cuda:0")}
+        node.meta = {name: tree_map(to_gpu, value) for name, value in node.meta.items() if name != "tensor_meta"}
+    graph.recompile()
+    kernels = []
+
+    def count(lowering: GraphLowering):
+        lowering.codegen()
+        kernels.extend(map(kernel, lowering.scheduler.nodes))
+        raise Written
+
+    with (mock.patch.object(GraphLowering, "compile_to_module", count),
+          mock.patch.object(compile_fx, "fake_tensor_prop", lambda *_: detect_fake_mode(inputs))):  # it is done
+        try:
+            compile_fx.compile_fx_inner(graph, tree_map(to_gpu, inputs), cudagraphs=False, **kwargs)
+        except torch._inductor.exc.InductorError as error:
+            if not isinstance(error.inner_exception, Written):
+                raise
+    return [found for found in kernels if found]
+
+
+def kernel(node) -> tuple[str, int] | None:
+    """Of a node of Inductor's schedule: what runs it, and its bytes; None where nothing does."""
+    if isinstance(node, NopKernelSchedulerNode) or isinstance(node.node, ir.MultiOutput):
+        return None
+    if not node.is_extern():
+        return "Inductor", node.get_read_write_buffers_sizes()
+    results = node.node.outputs if isinstance(node.node, ir.FallbackKernel) else [node.node]
+    moved = sum(int(x.get_numel()) * x.get_dtype().itemsize for x in (*node.node.inputs, *results))
+    return node.node.python_kernel_name.removeprefix("torch.ops.").removesuffix(".default"), moved
+
+
+PROGRAMS = {"fused": (train_gpt.GPT, torch.bfloat16), "published": (UnfusedGPT, torch.float32)}
+
+
+def trace(form: str, hp: train_gpt.Hyperparameters) -> dict[str, list[tuple[str, int]]]:
+    """{"forward": kernels, "backward": kernels} of a program, named as in bench/roofline.py."""
+    make, dtype = PROGRAMS[form]  # of the parameters; the embedding has its own
+    with torch.device("meta"):
+        model = make(hp)
+        inputs = [torch.empty(hp.micro_batch, hp.sequence_length, dtype=kind) for kind in (torch.int32, torch.int64)]
+    parameters, buffers, passes = dict(model.named_parameters()), dict(model.named_buffers()), {}
+    mode = FakeTensorMode()
+
+    def compiler(graph, inputs, name):
+        results = [node and node.meta["val"] for node in graph.graph.output_node().args[0]]  # of the CPU still
+        passes[name] = written(graph, inputs, is_backward=name == "backward")
+        return make_boxed_func(lambda *_: [x if x is None else torch.empty_like(x) for x in results])
+
+    def partition(graph, inputs, **kwargs):
+        joint_graph.joint_graph_passes(graph)
+        return min_cut_rematerialization_partition(graph, inputs, compiler="inductor", **kwargs)
+
+    def loss(*values):
+        return functional_call(model, dict(zip([*parameters, *buffers], values)), values[-2:])
+
+    with on_an_h100(), mode, tracing(TracingContext(mode)):
+        values = [torch.empty(p.shape, dtype=p.dtype if name == "embed.weight" else dtype, requires_grad=True)
+                  for name, p in parameters.items()]
+        values += [torch.empty(x.shape, dtype=x.dtype) for x in (*buffers.values(), *inputs)]
+        aot_function(loss, partial(compiler, name="forward"), partial(compiler, name="backward"), partition,
+                     select_decomp_table())(*values).backward()
+    return passes
+
+
+########################################
+#                Table                 #
+########################################
+
+PARTS = "products", "elementwise", "attention"  # named as in bench/roofline.py
+
+
+def part(runs: str) -> str:
+    """What a kernel does, by what runs it."""
+    if runs.startswith("bench."):
+        return "attention"
+    return {"Inductor": "elementwise", "kernels.dqkv": "elementwise", "kernels.head_loss": "head"}.get(runs, "products")
+
+
+def budget(hp: train_gpt.Hyperparameters, form: str) -> dict[str, float]:
+    """Bytes of what a graph shows: of the head's operator not what is inside, of the gradients' sums nothing."""
+    parts = roofline.model_kernels(hp, hp.micro_batch, form)
+    parts["elementwise"].append(parts["embedding, casts, gradient sums"][0])
+    if form == "published":
+        parts["elementwise"] += parts["softcap and loss"]
+    else:
+        parts["products"] = parts["products"][:-3]  # the head's
+    return {name: sum(k.count * k.bytes for k in parts[name]) for name in PARTS}
+
+
+def rows(hp: train_gpt.Hyperparameters) -> list[dict]:
+    found = []
+    for form in PROGRAMS:
+        moved, launched = Counter(), Counter()
+        for name, kernels in trace(form, hp).items():
+            for runs, size in kernels:
+                moved[name, part(runs)] += size
+                launched[part(runs)] += 1
+        for name, allowed in budget(hp, form).items():
+            forward, backward = (moved[each, name] for each in ("forward", "backward"))
+            found.append({"program": form, "part": name, "kernels": launched[name], "forward": forward,
+                          "backward": backward, "bytes": forward + backward, "roofline": allowed})
+    return found
+
+
+def main(words: list[str]):
+    words, out = parse("graph", __doc__, words)
+    hp = train_gpt.override(["micro_batch=16", *words])  # of more, the logits are beyond what Inductor counts
+    table = [{name: x if name in ("program", "part", "kernels") else f"{x / 1e9:.1f}" for name, x in row.items()}
+             for row in rows(hp)]
+    publish("graph", words, out, f"A micro-batch of {hp.micro_batch} x {hp.sequence_length} tokens, in GB. Written for "
+            "sm_90, not compiled, not run.", markdown(table))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,133 @@
+"""Queries, keys and values with the kernel, against autograd in float64: off by at most twice what PyTorch is in the
+same dtype. The interpreter cuts numbers off where bf16 rounds them, so bf16 takes a GPU."""
+
+import math
+
+import pytest
+import torch
+from conftest import DEVICE, MATMUL_DTYPES, needs_gpu
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kernels import qkv
+from kernels.qkv import dqkv_op, fused_qkv_heads, qkv_heads, qkv_heads_reference, qkv_path
+
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=needs_gpu)]
+SIZES = [(1, 1, 1, 4), (2, 300, 3, 24), (3, 100, 2, 128)]  # B, T, H, K: 600 tokens end within a program and a block
+
+
+def normal(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def angles(T, K):
+    angle = torch.outer(torch.arange(T), 1024 ** -torch.linspace(0, 1, K // 2)).to(DEVICE)
+    return angle.cos(), angle.sin()
+
+
+def by_token(B, T, H, K, dtype, seed):
+    """(B, H, T, K) with a token's heads together, as attention leaves gradients."""
+    return normal(B, T, H, K, dtype=dtype, seed=seed).transpose(1, 2)
+
+
+def among_nan(*shape, dtype, seed):
+    """With strides of its own, a NaN on every side."""
+    wide = torch.full([n + 2 for n in shape], math.nan, dtype=dtype, device=DEVICE)
+    wide[1:-1, 1:-1, 1:-1, 1:-1] = normal(*shape, dtype=dtype, seed=seed)
+    return wide[1:-1, 1:-1, 1:-1, 1:-1]
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that nothing has been written to holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B, T, H, K", SIZES)
+def test_gradient(B, T, H, K, dtype, poisoned):
+    """Kills: a rotation that turns on, the two halves exchanged, a norm that is not differentiated, an angle of the
+    token's place in the batch, q's gradient given to k, one tensor's strides taken for another's, tokens, heads or
+    columns that are skipped or read beyond the edge, an intermediate that is not rounded where autograd rounds it."""
+    product, (cos, sin) = normal(B, T, 3 * H * K, dtype=dtype), angles(T, K)
+    gradients = [by_token(B, T, H, K, dtype, 1), among_nan(B, H, T, K, dtype=dtype, seed=2),
+                 normal(B, H, T, K, dtype=dtype, seed=3)]
+
+    def autograd(product, cos, sin):
+        product = product.detach().requires_grad_()
+        heads = qkv._heads(product, cos, sin, K)
+        return torch.autograd.grad(heads, product, [g.to(product.dtype) for g in gradients])[0].flatten(0, 1)
+
+    ours, sums = dqkv_op(*gradients, product, cos, sin)
+    theirs, exact = autograd(product, cos, sin), exactly(autograd, product, cos, sin)
+    for a, b, true in zip(ours.chunk(3, 1), theirs.chunk(3, 1), exact.chunk(3, 1)):
+        assert (a - true).norm() <= 2 * (b - true).norm()
+    total = ours.double().sum(0)
+    # fp32 sums of what was rounded, then one rounding to dtype
+    tolerance = 1e-6 * ours.double().abs().sum(0) + torch.finfo(dtype).eps / 2 * total.abs()
+    assert ((sums.double() - total).abs() <= tolerance).all()
+    if dtype != torch.float32:  # the same roundings in the same places: mostly the same bits
+        assert (ours == theirs).double().mean() > 0.97
+
+
+def exactly(function, product, cos, sin):
+    """In float64, rotation and all: rotate() works in fp32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        return function(product.double(), cos.double(), sin.double())
+
+
+def leaves_of(tokens, width, dtype):
+    """x (2, tokens, width) and weight, bias of three heads of 8 a part."""
+    return [(normal(*shape, dtype=dtype, seed=seed) * scale).requires_grad_() for seed, (shape, scale) in enumerate(
+        [((2, tokens, width), 1), ((72, width), width**-0.5), ((72,), 1)])]
+
+
+def heads_and_gradients(function, leaves):
+    heads = function(*leaves, *angles(leaves[0].size(1), 8), 8)
+    gradients = [normal(*y.shape, seed=9 + i).to(y.dtype) for i, y in enumerate(heads)]
+    return [*(y.detach() for y in heads), *torch.autograd.grad(heads, leaves, gradients)]
+
+
+@pytest.mark.parametrize("dtype", MATMUL_DTYPES)
+def test_heads(dtype, poisoned):
+    """Kills: a gradient of the wrong product or shape, a bias's gradient in another order, an output that differs from
+    the reference's, by a bit."""
+    leaves = leaves_of(70, 48, dtype)
+    true = heads_and_gradients(qkv_heads_reference, [p.detach().double().requires_grad_() for p in leaves])
+    torchs, ours = (heads_and_gradients(function, leaves) for function in (qkv_heads_reference, fused_qkv_heads))
+    for mine, its, exact in zip(ours, torchs, true, strict=True):
+        assert mine.dtype == dtype and mine.shape == exact.shape
+        assert (mine - exact).norm() <= 2 * (its - exact).norm()
+    assert all(map(torch.equal, ours[:3], torchs[:3]))
+
+
+def test_one_graph():
+    """Kills: an operator that breaks the graph, a shape or dtype that its fake gets wrong."""
+    leaves = leaves_of(20, 16, torch.float16)
+
+    def doubled(x, *others):
+        return tuple(2 * y for y in fused_qkv_heads(2 * x, *others))
+
+    compiled = torch.compile(doubled, backend="aot_eager", fullgraph=True, dynamic=False)
+    for ours, eager in zip(*(heads_and_gradients(f, leaves) for f in (compiled, doubled)), strict=True):
+        assert torch.equal(ours, eager)
+    gradients = [normal(2, 3, 20, 8, dtype=torch.float16, seed=i) for i in range(3)]
+    torch.library.opcheck(dqkv_op, (*gradients, normal(2, 20, 72, dtype=torch.float16), *angles(20, 8)),
+                          test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("capability, kernels", [((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)])
+def test_dispatch(capability, kernels, monkeypatch):
+    """Kills: a GPU that takes the plain path without a word, an older one that is sent to the kernel, a log that says
+    otherwise. Nothing is computed: the tensors are fake."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    called = []
+    monkeypatch.setattr(qkv, "fused_qkv_heads", lambda *inputs: called.append(inputs))
+    monkeypatch.setattr(qkv, "qkv_heads_reference", lambda *inputs: None)
+    with FakeTensorMode():
+        qkv_heads(torch.empty(1, 3, 8, device="cuda"), *[None] * 5)
+    assert bool(called) == kernels
+    assert qkv_path(torch.device("cuda")) == ("Triton kernel" if kernels else "plain PyTorch")
+    assert qkv_path(torch.device("cpu")) == "plain PyTorch"
