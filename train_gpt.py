@@ -758,13 +758,14 @@ def accumulate_gradients(model: GPT, banks: list[Bank], batch: tuple[Tensor, Ten
     names = [name for bank in banks for name in bank.params]
     params = [p for bank in banks for p in bank.params.values()]
     sums = [view for bank in banks for view in bank.views(bank.gradients)]
-    torch._foreach_zero_(sums)
+    put = torch._foreach_copy_  # the first; the others are added
     total = torch.zeros((), device=sums[0].device, dtype=torch.float64)
     for micro_batch in micro_batches(*batch, hp.micro_batch):
         loss = model(*micro_batch)
         loss.backward()
         total += loss.detach()
-        torch._foreach_add_(sums, [p.grad for p in params])
+        put(sums, [p.grad for p in params])
+        put = torch._foreach_add_
         model.zero_grad()
     flags = not_finite(sums)
     for bank in banks:

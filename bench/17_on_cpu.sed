@@ -1,5 +1,5 @@
 # The published script of result #17 for a machine without a GPU, for bench/parity.py: no CUDA, 12 layers 128 wide,
-# 4096 tokens a step (as in 17_on_cpu.recipe), and the weights that train_gpt.py draws of a seed. All else is as it was.
+# 2048 tokens a step (as in 17_on_cpu.recipe), and the weights that train_gpt.py draws of a seed. All else is as it was.
 #
 #   git clone --filter=blob:none --no-checkout https://github.com/KellerJordan/modded-nanogpt logs/modded-nanogpt
 #   git -C logs/modded-nanogpt show HEAD:records/track_3_optimization/results/20260505_aurora/298f02bc-dbb4-4661-9ad8-f6429d532873.txt > logs/17.txt
@@ -16,7 +16,7 @@ s/\.cuda()//
 s/model_dim=768/model_dim=128/
 s/head_dim=128/head_dim=32/
 s/seq_len=1024/seq_len=128/
-s/^batch_size = .*/batch_size = 4096/
+s/^batch_size = .*/batch_size = 2048/
 s/^num_trials = .*/num_trials = 1/
 s/# initialize model parameters/torch.manual_seed(int(sys.argv[-1]))  # --seed S/
 s/w.normal_()/w.copy_(torch.randn(w.shape))/
