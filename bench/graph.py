@@ -1,6 +1,6 @@
 """What torch.compile makes of the model for an H100 that need not be there: kernels and bytes of a micro-batch.
 
-    python -m bench.graph [@RECIPE] [NAME=VALUE ...] [-o FOLDER]
+    python -m bench.graph [@RECIPE] [NAME=VALUE ...] [-o FOLDER]      default: micro_batch=16
 
 Both programs, train_gpt.py's (fused) and bench/baseline.py's (published), are traced at the recipe's size, forwards and
 backwards, and TorchInductor writes its Triton kernels, as in a run; then it stops, before anything is compiled or
@@ -36,20 +36,22 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import NopKernelSchedulerNode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import train_gpt
 from bench import markdown, parse, publish, roofline
 from bench.baseline import UnfusedGPT
-from kernels import cross_entropy, mlp, qkv
+from kernels import bf16, cross_entropy, mlp, qkv
 
 CARD = SimpleNamespace(name="NVIDIA H100", type="cuda", index=0, major=9, minor=0, multi_processor_count=132,
                        warp_size=32, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048,
                        max_threads_per_block=1024, total_memory=80 << 30, L2_cache_size=50 << 20,
                        shared_memory_per_block_optin=227 << 10)
 TOLD = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0)
+
+COUNTED = 1_000_000_000  # elements of a buffer, at most, in Inductor's count of what a fused kernel moves
 
 
 class Written(Exception):
@@ -98,7 +100,8 @@ def on_an_h100() -> ExitStack:
             (joint_graph, "lazy_init", always(None)),  # patterns of attention, which are traced on the GPU
             (reinplace, "_inplace_generalized_scatter", lambda whole, part, views: whole),  # only a shape is wanted
             (F, "scaled_dot_product_attention", lambda q, k, v, **_: attention(q, k, v)[0]),
-            *((kernel, "runs_kernels", always(True)) for kernel in (cross_entropy, mlp, qkv))]:
+            *((module, "runs_kernels", always(True)) for module in (cross_entropy, mlp, qkv)),
+            (bf16, "CPU_MULTIPLIES_BF16", True)]:
         stack.enter_context(mock.patch.object(target, name, value))
     scatter = torch.ops.aten._unsafe_masked_index_put_accumulate.default  # of the embedding's gradient, only a shape
     stack.enter_context(mock.patch.dict(decomposition_table, {scatter: lambda whole, *_: torch.empty_like(whole)}))
@@ -222,7 +225,9 @@ def rows(hp: train_gpt.Hyperparameters) -> list[dict]:
 
 def main(words: list[str]):
     words, out = parse("graph", __doc__, words)
-    hp = train_gpt.override(["micro_batch=16", *words])  # of more, the logits are beyond what Inductor counts
+    hp = train_gpt.override(["micro_batch=16", *words])
+    if (logits := hp.micro_batch * hp.sequence_length * hp.vocab_size) > COUNTED:
+        raise ValueError(f"micro_batch={hp.micro_batch}: of {logits:,} logits Inductor counts {COUNTED:,}, take fewer")
     table = [{name: x if name in ("program", "part", "kernels") else f"{x / 1e9:.1f}" for name, x in row.items()}
              for row in rows(hp)]
     publish("graph", words, out, f"A micro-batch of {hp.micro_batch} x {hp.sequence_length} tokens, in GB. Written for "
@@ -230,4 +235,7 @@ def main(words: list[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"bench.graph: {error}")

@@ -1,12 +1,13 @@
 """Queries, keys and values: one product, and then q and k are normalised and rotated by their position.
 
-    (q, k, v) = x W^T + b,    q, k = R_t(q / rms(q)), R_t(k / rms(k)) by head
+    (q, k, v) = x W^T + b,    z -> R_t(z / rms(z)) for z a head's q or k
 
-The rotation turns the pairs (z_i, z_{i + K/2}) by the angles of position t, backwards. Its gradient g turns back,
-h = R_-t(g), and with r = 1 / rms(x) goes through the norm as r (h - x r^2 mean(x h)); db is the sum over the tokens.
+R_t is the rotary embedding (arXiv 2104.09864): it turns the pairs (z_i, z_{i + K/2}) by the angles of position t. The
+gradient g of its result turns back, h = R_-t g, and passes the norm: dz = r (h - z r^2 mean(z h)), r = 1 / rms(z). db
+sums dq, dk and dv over the tokens.
 
-The forward pass is one pass over memory as torch.compile makes it. Backwards it writes h to memory in fp32, reads it
-again, and sums b's gradient in a third pass; the kernel does all three in one.
+Forwards that is one pass over memory, as torch.compile writes it. Backwards it writes three, through h in fp32
+(bench/graph.py shows them); the kernel is one.
 """
 
 import torch
