@@ -6,6 +6,12 @@
 #   python -m records extract logs/17.txt | sed -f bench/17_on_cpu.sed > logs/17_on_cpu.py
 #   python data/local.py --encoding gpt2 /usr/share /usr/lib/python3
 #   python -m bench.parity --script logs/17_on_cpu.py --pairs -o bench/results/parity_17 @bench/17_on_cpu.recipe
+#
+# At a quarter of the rates (of the head's a half), where rounding does not grow as fast:
+#
+#   sed 's/lr=0.3)/lr=0.075)/; s,lr=1/320,lr=1/640,; s/lr=0.01)/lr=0.0025)/; s/lr=0.0375/lr=0.01/' logs/17_on_cpu.py > logs/17_slower.py
+#   python -m bench.parity --script logs/17_slower.py --pairs --steps 100 -o bench/results/parity_17_slower \
+#       @bench/17_on_cpu.recipe embed_lr=0.075 head_lr=0.0015625 vector_lr=0.0025 matrix_lr=0.01
 s/pin_memory=True/pin_memory=False/
 s/device="cuda"/device="cpu"/
 s/torch.device("cuda", .*/torch.device("cpu")/
