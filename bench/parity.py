@@ -154,6 +154,13 @@ def lay_out(hp: Hyperparameters, folder: Path) -> str:
             f"in {hp.train_steps} steps {again}.")
 
 
+# Of a process that this one starts Linux would report at least this one's own size, so one in between asks.
+LARGEST = """import pathlib, resource, subprocess, sys
+code = subprocess.call(sys.argv[1:])
+pathlib.Path("largest").write_text(str(1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss))
+sys.exit(code)"""
+
+
 def processes() -> int:
     return max(1, torch.cuda.device_count())
 
@@ -173,15 +180,14 @@ def run(folder: Path, data: Path, script: Path, words: list[str]):
                str(script.resolve()), *words]
     gpu = torch.cuda.is_available()
     before = peak = gpu_memory() if gpu else 0
-    with open(folder / "output", "w") as output:
-        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
-        while not (ended := os.wait4(process.pid, os.WNOHANG if gpu else 0))[0]:
+    with open(folder / "output", "w") as output, subprocess.Popen(
+            [sys.executable, "-c", LARGEST, *command], cwd=folder, stdout=output, stderr=subprocess.STDOUT) as process:
+        while gpu and process.poll() is None:
             peak = max(peak, gpu_memory())
             time.sleep(1)
-    process.returncode = os.waitstatus_to_exitcode(ended[1])
     if process.returncode:
         raise ValueError(f"{script} ended with code {process.returncode}: see {folder / 'output'}")
-    (folder / "peak_memory").write_text(str(peak - before if gpu else ended[2].ru_maxrss * 1024))
+    (folder / "peak_memory").write_text(str(peak - before) if gpu else (folder / "largest").read_text())
 
 
 def gpu_memory() -> int:

@@ -224,10 +224,13 @@ def comparison(tmp_path_factory):
 
 def test_end_to_end(comparison, monkeypatch, capsys):
     """Kills: runs that share a seed, a script that ran unedited, another interval in one of the two, step 25 judged, a
-    second call that trains again, a result without its verdict, curves, figure or the words that it is not FineWeb."""
+    second call that trains again, the memory of the process that started the run for that of the run, a result without
+    its verdict, curves, figure or the words that it is not FineWeb."""
     folder, words = comparison
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    large = b"x" * 10**9
     code = parity.main(words)
+    del large
     said = capsys.readouterr()
     assert code in (0, 1), said.err
     logs = {name: read(*(folder / "runs" / name).glob("logs/*.txt"))
@@ -242,7 +245,7 @@ def test_end_to_end(comparison, monkeypatch, capsys):
     assert "times as fast. Peak memory (resident set of a process): 0." in result
     assert len((folder / "out" / "parity.csv").read_text().splitlines()) == 1 + 4 * 7
     assert (folder / "out" / "parity.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    monkeypatch.setattr(parity.os, "wait4", None)
+    monkeypatch.setattr(parity, "LARGEST", "raise SystemExit(3)")
     assert parity.main(words) == code
 
 
