@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -43,6 +44,14 @@ def parse(name: str, description: str, words: list[str]) -> tuple[list[str], Pat
     parser.add_argument("-o", dest="out", metavar="FOLDER", type=Path, default=RESULTS, help="default: bench/results")
     args = parser.parse_intermixed_args(words)
     return args.words, args.out
+
+
+def run(name: str, main: Callable[[list[str]], None]):
+    """A program on the words of its command line; a ValueError ends it with one line and exit code 1."""
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"bench.{name}: {error}")
 
 
 def publish(name: str, words: list[str], out: Path, *parts: str):

@@ -13,7 +13,6 @@ The tensors are fake and live on the CPU while autograd traces them; then they a
 that GPU is told of an H100. `torch._inductor` is private: this holds for the pinned version.
 """
 
-import sys
 from collections import Counter
 from contextlib import ExitStack
 from functools import partial
@@ -41,7 +40,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 import train_gpt
-from bench import markdown, parse, publish, roofline
+from bench import markdown, parse, publish, roofline, run
 from bench.baseline import UnfusedGPT
 from kernels import bf16, cross_entropy, mlp, qkv
 
@@ -235,7 +234,4 @@ def main(words: list[str]):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"bench.graph: {error}")
+    run("graph", main)

@@ -17,7 +17,6 @@ memory, beyond the inputs, by the allocator; the bytes that a kernel really move
 import importlib.util
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 import train_gpt
 from aurora import SIMPLE_QUINTIC_12
-from bench import markdown, most_memory, parse, publish, roofline
+from bench import markdown, most_memory, parse, publish, roofline, run
 from kernels.cross_entropy import SOFTCAP, head_loss, head_loss_reference
 from kernels.mlp import relu2_mlp, relu2_mlp_reference
 from kernels.newton_schulz import NEWTON_SCHULZ_CHOICE, NEWTON_SCHULZ_LINES, newton_schulz, newton_schulz_reference
@@ -356,7 +355,4 @@ def main(words: list[str]):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"bench.kernels: {error}")
+    run("kernels", main)

@@ -11,7 +11,6 @@ passes. A launch is a call by which the CPU has the GPU do something; kernels ar
 
 import re
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -23,7 +22,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import train_gpt
-from bench import in_turn, markdown, most_memory, override, parse, publish
+from bench import in_turn, markdown, most_memory, override, parse, publish, run
 from bench.baseline import separate, unfused_optimizers
 from bench.kernels import UNKNOWN, clocks
 
@@ -146,7 +145,4 @@ def main(words: list[str]):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"bench.optimizer: {error}")
+    run("optimizer", main)

@@ -199,12 +199,12 @@ def gpu_memory() -> int:
 def train_both(args: argparse.Namespace, hp: Hyperparameters, folder: Path):
     """K runs of each in folder/ours and folder/other, in turn."""
     words = [f"{name}={value}" for name, value in vars(hp).items() if not name.endswith("_files")]
-    source, runs, first = args.script.read_text(), [], 0 if args.pairs else args.seeds
+    source, runs = args.script.read_text(), []
     script = folder / args.script.name
     script.write_text(edit(source, hp))
     for k in range(args.seeds):
         pair = [("ours", k, ROOT / "train_gpt.py", [*words, "--seed", str(k)]),
-                ("other", k, script, seed_arguments(source, first + k))]
+                ("other", k, script, seed_arguments(source, args.first_seed + k))]
         runs += pair if k % 2 == 0 else pair[::-1]
     for name, k, script, arguments in tqdm(runs, unit="run", disable=None):
         run(folder / name / str(k), folder / "data", script, arguments)
@@ -367,6 +367,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     args = parser.parse_intermixed_args(words)
     if args.seeds < 2:
         parser.error("--seeds: two runs at least, or there is no noise to judge by")
+    args.first_seed = 0 if args.pairs else args.seeds  # of the other script
     return args
 
 
@@ -385,7 +386,7 @@ def main(words: list[str]) -> int:
         hp = hyperparameters(args.overrides, args.steps)
         source = args.script.read_text()
         try:
-            edited, arguments = edit(source, hp), seed_arguments(source, 0 if args.pairs else args.seeds)
+            edited, arguments = edit(source, hp), seed_arguments(source, args.first_seed)
             if args.pairs and not arguments:
                 raise ValueError("--pairs: it takes no --seed S to draw equal weights from")
         except (SyntaxError, ValueError) as error:

@@ -12,7 +12,6 @@ Every constant stands below, with its source or the word "assumed". One of them 
 published step time. No time that is printed was measured here.
 """
 
-import sys
 from functools import cache
 from math import ceil, inf
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 import train_gpt
-from bench import markdown, parse, publish
+from bench import markdown, parse, publish, run
 from bench.baseline import separate
 
 NODE = 8  # GPUs that NVLink connects
@@ -410,7 +409,4 @@ def main(words: list[str]):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"bench.roofline: {error}")
+    run("roofline", main)

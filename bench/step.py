@@ -15,7 +15,6 @@ them; groups are sums of torch.profiler's times by names of kernels, or on a CPU
 import contextlib
 import re
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -34,7 +33,7 @@ import kernels.cross_entropy
 import kernels.mlp
 import kernels.newton_schulz
 import train_gpt
-from bench import in_turn, markdown, most_memory, override, parse, publish, random_batch, roofline, wait
+from bench import in_turn, markdown, most_memory, override, parse, publish, random_batch, roofline, run, wait
 from bench.baseline import Unfused
 from bench.kernels import UNKNOWN, clocks
 from bench.optimizer import WARM_UP, make_gradients
@@ -251,7 +250,4 @@ def main(words: list[str]):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"bench.step: {error}")
+    run("step", main)

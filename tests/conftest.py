@@ -37,6 +37,14 @@ def write_shard(path: Path, tokens, magic=20240520, version=1, count=None):
     path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
 
 
+@pytest.fixture
+def poisoned():
+    """Memory that nothing has been written to holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """Two training shards and a validation shard of a text that is easy to learn: sentences over twelve words."""

@@ -33,14 +33,6 @@ def exact(logits, targets):
     return loss.detach(), x.grad
 
 
-@pytest.fixture
-def poisoned():
-    """Memory that nothing has been written to holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("tokens", [1, ROWS, 3 * ROWS + 5])
 def test_loss_and_gradient(tokens):
     """Kills: a last block that is skipped, a softcap whose derivative is dropped, a onehot in the wrong row.

@@ -18,14 +18,6 @@ from kernels.mlp import fused_relu2_mlp, mlp_path, relu2_dpre, relu2_mlp, relu2_
 SIZES = [(1, 1, 1), (200, 300, 100), (1100, 257, 130)]  # rows, neurons, width: 9 rows of tiles are more than a group
 
 
-@pytest.fixture
-def poisoned():
-    """Memory that nothing has been written to holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def few_bits(*shape, dtype, largest=15, unit=1.0, seed=0):
     """Multiples of the unit."""
     generator = torch.Generator().manual_seed(seed)

@@ -36,14 +36,6 @@ def among_nan(*shape, dtype, seed):
     return wide[1:-1, 1:-1, 1:-1, 1:-1]
 
 
-@pytest.fixture
-def poisoned():
-    """Memory that nothing has been written to holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("B, T, H, K", SIZES)
 def test_gradient(B, T, H, K, dtype, poisoned):
