@@ -50,6 +50,7 @@ from kernels.bf16 import linear
 from kernels.cross_entropy import cross_entropy_path, head_loss
 from kernels.mlp import mlp_path, relu2_mlp
 from kernels.newton_schulz import newton_schulz_path
+from kernels.norm import norm_path, prenorm
 from kernels.qkv import qkv_heads, qkv_path
 
 HERE = Path(__file__).resolve().parent
@@ -293,7 +294,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = qkv_heads(x, self.qkv.weight, self.qkv.bias, *rotary, self.head_dim)  # (B, H, T, K)
         y = F.scaled_dot_product_attention(q, k, v, scale=0.12, is_causal=True)
-        return self.proj(y.transpose(1, 2).flatten(2))
+        return linear(y.transpose(1, 2).flatten(2), self.proj.weight)  # its bias: Block
 
 
 class MLP(nn.Module):
@@ -307,8 +308,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
-            return relu2_mlp(x, self.fc.weight, self.fc.bias, self.proj.weight, self.proj.bias)
-        return self.proj(F.silu(self.gate(x)) * self.fc(x))
+            return relu2_mlp(x, self.fc.weight, self.fc.bias, self.proj.weight)
+        return linear(F.silu(self.gate(x)) * self.fc(x), self.proj.weight)
 
 
 class Block(nn.Module):
@@ -319,8 +320,10 @@ class Block(nn.Module):
         self.mlp = MLP(hp.model_dim, hp.mlp_dim, hp.activation)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.attn(self.norm1(x), rotary)
-        return x + self.mlp(self.norm2(x))
+        x, h = prenorm(x, self.norm1.gains, self.attn.proj.bias)
+        x = x + self.attn(h, rotary)
+        x, h = prenorm(x, self.norm2.gains, self.mlp.proj.bias)
+        return x + self.mlp(h)
 
 
 class GPT(nn.Module):
@@ -650,7 +653,7 @@ def facts(hp: Hyperparameters, place: Place, shards: dict[str, int], source: str
     else:
         lines.append(f"threads: {torch.get_num_threads()}")
     lines += [f"attention: {place.attention}", f"newton_schulz: {newton_schulz_path(place.device)}",
-              f"qkv: {qkv_path(place.device)}",
+              f"norm: {norm_path(place.device)}", f"qkv: {qkv_path(place.device)}",
               f"mlp: {mlp_path(place.device) if hp.activation == 'relu2' else 'plain PyTorch'}",
               f"cross_entropy: {cross_entropy_path(place.device)}"]
     dirty = output_of("git", "-C", str(HERE), "status", "--porcelain", "--untracked-files=no")

@@ -30,6 +30,7 @@ from bench import markdown, parse, publish
 from kernels.cross_entropy import losses_of_rows, to_gradient_
 from kernels.mlp import activation_gradient, up_projection
 from kernels.newton_schulz import newton_schulz_fused
+from kernels.norm import gradient_of_prenorm
 from kernels.qkv import gradient_of_qkv
 
 # KB of shared memory that a block may have (CUDA C++ Programming Guide, table "Technical Specifications per Compute
@@ -53,6 +54,10 @@ def mlp(x: torch.Tensor, fc_weight: torch.Tensor, fc_bias: torch.Tensor, proj_we
         x, proj_weight, up_projection(x, fc_weight, fc_bias, capability), capability)
 
 
+def prenorm(M: int, D: int):
+    return lambda capability: gradient_of_prenorm(*(bf16(M, D) for _ in range(3)), bf16(D))
+
+
 def qkv(B: int, T: int, H: int, K: int):
     by_token = [bf16(B, T, H, K).transpose(1, 2) for _ in range(3)]  # as attention leaves gradients
     angles = [torch.empty(T, K // 2, device="meta") for _ in range(2)]
@@ -67,6 +72,7 @@ LAUNCHES = {
     "Newton-Schulz, wide": newton_schulz_triton(bf16(24, 768, 3072)),
     "Newton-Schulz, tall": newton_schulz_triton(bf16(24, 3072, 768).mT),
     "head": head(bf16(65536, 50304)),
+    "pre-norm": prenorm(65536, 768),
     "q, k, v": qkv(64, 1024, 6, 128),
     "MLP": mlp(bf16(65536, 768), bf16(3072, 768), bf16(3072), bf16(768, 3072)),
 }

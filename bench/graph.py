@@ -42,7 +42,7 @@ from triton.runtime.driver import driver
 import train_gpt
 from bench import markdown, parse, publish, roofline, run
 from bench.baseline import UnfusedGPT
-from kernels import bf16, cross_entropy, mlp, qkv
+from kernels import bf16, cross_entropy, mlp, norm, qkv
 
 CARD = SimpleNamespace(name="NVIDIA H100", type="cuda", index=0, major=9, minor=0, multi_processor_count=132,
                        warp_size=32, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048,
@@ -99,7 +99,7 @@ def on_an_h100() -> ExitStack:
             (joint_graph, "lazy_init", always(None)),  # patterns of attention, which are traced on the GPU
             (reinplace, "_inplace_generalized_scatter", lambda whole, part, views: whole),  # only a shape is wanted
             (F, "scaled_dot_product_attention", lambda q, k, v, **_: attention(q, k, v)[0]),
-            *((module, "runs_kernels", always(True)) for module in (cross_entropy, mlp, qkv)),
+            *((module, "runs_kernels", always(True)) for module in (cross_entropy, mlp, norm, qkv)),
             (bf16, "CPU_MULTIPLIES_BF16", True)]:
         stack.enter_context(mock.patch.object(target, name, value))
     scatter = torch.ops.aten._unsafe_masked_index_put_accumulate.default  # of the embedding's gradient, only a shape
@@ -193,7 +193,8 @@ def part(runs: str) -> str:
     """What a kernel does, by what runs it."""
     if runs.startswith("bench."):
         return "attention"
-    return {"Inductor": "elementwise", "kernels.dqkv": "elementwise", "kernels.head_loss": "head"}.get(runs, "products")
+    elementwise = "Inductor", "kernels.dprenorm", "kernels.dqkv"
+    return "elementwise" if runs in elementwise else "head" if runs == "kernels.head_loss" else "products"
 
 
 def budget(hp: train_gpt.Hyperparameters, form: str) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Each kernel: its error against float64, then its time against the torch.compile'd reference.
 
-    python -m bench.kernels [KERNEL ...] [-o FOLDER]      default: lines newton-schulz head mlp qkv
+    python -m bench.kernels [KERNEL ...] [-o FOLDER]      default: lines newton-schulz head mlp norm qkv
 
 On a GPU at the record's sizes, the stacks those that 1 and 8 GPUs own; without one small, and the paths in Triton
 are not measured: its interpreter tells no time. An error is the largest over the outputs, relative, in the Frobenius
@@ -34,6 +34,7 @@ from bench import markdown, most_memory, parse, publish, roofline, run
 from kernels.cross_entropy import SOFTCAP, head_loss, head_loss_reference
 from kernels.mlp import relu2_mlp, relu2_mlp_reference
 from kernels.newton_schulz import NEWTON_SCHULZ_CHOICE, NEWTON_SCHULZ_LINES, newton_schulz, newton_schulz_reference
+from kernels.norm import prenorm, prenorm_reference
 from kernels.qkv import qkv_heads, qkv_heads_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -175,7 +176,7 @@ def mlp() -> list[Contest]:
     def inputs(small: bool) -> tuple:
         T = few if small else tokens
         leaves = (normal(T, dim), normal(neurons, dim, scale=dim**-0.5), normal(neurons, scale=0.1),
-                  normal(dim, neurons, scale=neurons**-0.5), normal(dim, scale=0.1))
+                  normal(dim, neurons, scale=neurons**-0.5))
         return normal(T, dim), *(leaf.requires_grad_() for leaf in leaves)
 
     def step(function):
@@ -187,10 +188,30 @@ def mlp() -> list[Contest]:
     budget = [roofline.product(1, tokens, neurons, dim, "Triton"),
               roofline.product(1, tokens, neurons, dim, "Triton", hidden),
               *(roofline.product(1, tokens, dim, neurons) for _ in range(2)),
-              *(roofline.product(1, neurons, dim, tokens) for _ in range(2)), roofline.Kernel(1, 0, 2 * tokens * dim)]
+              *(roofline.product(1, neurons, dim, tokens) for _ in range(2))]
     return [Contest("relu^2 MLP, forward and backward", f"{tokens}x{dim}x{neurons}", inputs, step(relu2_mlp_reference),
                     step(relu2_mlp_reference),
                     {"torch.compile": step(compiled(relu2_mlp_reference)), "ours": step(relu2_mlp)}, budget)]
+
+
+def norm() -> list[Contest]:
+    tokens, few, dim = (65536, 2048, 768) if GPU else (1024, 256, 64)
+
+    def inputs(small: bool) -> tuple:
+        T = few if small else tokens
+        leaves = normal(T, dim), 1 + normal(dim, scale=0.1), normal(dim, scale=0.1)
+        return *(leaf.requires_grad_() for leaf in leaves), normal(T, dim), normal(T, dim)
+
+    def step(function):
+        def path(x, gains, bias, *gradients):
+            y = function(x, gains, bias)
+            return *(t.detach() for t in y), *torch.autograd.grad(y, (x, gains, bias), gradients)
+        return path
+    d = 2 * tokens * dim
+    return [Contest("pre-norm, forward and backward", f"{tokens}x{dim}", inputs, step(prenorm_reference),
+                    step(prenorm_reference),
+                    {"torch.compile": step(compiled(prenorm_reference)), "ours": step(prenorm)},
+                    [roofline.Kernel(1, 0, 3 * d), roofline.Kernel(1, 0, 4 * d)])]
 
 
 def qkv() -> list[Contest]:
@@ -219,7 +240,8 @@ def qkv() -> list[Contest]:
                     {"torch.compile": step(compiled(qkv_heads_reference)), "ours": step(qkv_heads)}, budget)]
 
 
-CONTESTS = {"lines": lines, "newton-schulz": newton_schulz_contests, "head": head, "mlp": mlp, "qkv": qkv}
+CONTESTS = {"lines": lines, "newton-schulz": newton_schulz_contests, "head": head, "mlp": mlp, "norm": norm,
+            "qkv": qkv}
 
 
 def peer(package: str, module: str):

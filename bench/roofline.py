@@ -129,10 +129,10 @@ def model_kernels(hp: train_gpt.Hyperparameters, sequences: int, form: str) -> d
         products += [product(1, tokens, out, into, "Triton" if up else "cuBLAS"),
                      product(1, tokens, into, out, "Triton" if down else "cuBLAS", f if down else 0),  # dx
                      product(1, out, into, tokens)]  # dW
-    # norms and residual; norm of q and k and rotary; gradients of biases
+    # norms and residual; norm of q and k and rotary; gradients of biases, which, fused, ride on those of the others
     elementwise = [Kernel(4 * layers, 0, 4 * d)]
-    if form == "fused":  # q, k and v's bias rides on the backward pass of the rotary embedding
-        elementwise += [Kernel(layers, 0, 4 * d), Kernel(layers, 0, 8 * d), Kernel(2 * layers, 0, d)]
+    if form == "fused":
+        elementwise += [Kernel(layers, 0, 4 * d), Kernel(layers, 0, 8 * d)]
     else:  # and the sum of dx of q, k, v
         elementwise += [Kernel(2 * layers, 0, 5 * d), Kernel(5 * layers, 0, d), Kernel(layers, 0, 3 * d)]
     if hp.activation == "swiglu":

@@ -23,9 +23,9 @@ def needs_fp32(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and not x.is_cuda and not CPU_MULTIPLIES_BF16
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b with W (out, in) and b (out) cast to the dtype of x (..., in), accumulated in fp32, rounded once."""
-    weight, bias = weight.type_as(x), bias.type_as(x)
+    weight, bias = weight.type_as(x), None if bias is None else bias.type_as(x)
     if needs_fp32(x):
-        return F.linear(x.float(), weight.float(), bias.float()).type_as(x)
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).type_as(x)
     return F.linear(x, weight, bias)

@@ -1,6 +1,6 @@
 """The ReLU^2 MLP: two thirds of the blocks' arithmetic.
 
-    y = relu(x W^T + b)^2 V^T + c
+    y = relu(x W^T + b)^2 V^T
 
     pre = x W^T + b,    post = relu(pre)^2,    dpost = dy V,    dpre = dpost * 2 relu(pre),    db = sum of dpre
 
@@ -18,9 +18,8 @@ from torch import Tensor
 from kernels.bf16 import linear, runs_kernels
 
 
-def relu2_mlp_reference(x: Tensor, fc_weight: Tensor, fc_bias: Tensor,
-                        proj_weight: Tensor, proj_bias: Tensor) -> Tensor:
-    return linear(linear(x, fc_weight, fc_bias).relu().square(), proj_weight, proj_bias)
+def relu2_mlp_reference(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor) -> Tensor:
+    return linear(linear(x, fc_weight, fc_bias).relu().square(), proj_weight)
 
 
 @triton.jit
@@ -144,16 +143,16 @@ def _relu2_dpre_shapes(dy, weight, post):
 
 class _FusedReLU2(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor) -> Tensor:
         post = relu2_up(x, fc_weight, fc_bias)
         ctx.save_for_backward(x, fc_weight, proj_weight, post)
-        return torch.addmm(proj_bias, post, proj_weight.mT)
+        return post @ proj_weight.mT
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, fc_weight, proj_weight, post = ctx.saved_tensors
         dpre, dfc_bias = relu2_dpre(dy, proj_weight, post)
-        return dpre @ fc_weight, dpre.mT @ x, dfc_bias, dy.mT @ post, dy.sum(0)
+        return dpre @ fc_weight, dpre.mT @ x, dfc_bias, dy.mT @ post
 
 
 def fused_relu2_mlp(x: Tensor, *parameters: Tensor) -> Tensor:
@@ -161,14 +160,13 @@ def fused_relu2_mlp(x: Tensor, *parameters: Tensor) -> Tensor:
     return _FusedReLU2.apply(x.flatten(0, -2), *parameters).unflatten(0, x.shape[:-1])
 
 
-def relu2_mlp(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor) -> Tensor:
-    """y = relu(x fc_weight^T + fc_bias)^2 proj_weight^T + proj_bias.
+def relu2_mlp(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor) -> Tensor:
+    """y = relu(x fc_weight^T + fc_bias)^2 proj_weight^T. The last product's bias is kernels/norm.py's to add.
 
-    x (..., D), fc_weight (F, D), fc_bias (F), proj_weight (D, F), proj_bias (D), all of one dtype. Products are summed
-    in fp32; relu's argument, its square and y are rounded to that dtype.
+    x (..., D), fc_weight (F, D), fc_bias (F), proj_weight (D, F), all of one dtype. Products are summed in fp32; relu's
+    argument, its square and y are rounded to that dtype.
     """
-    fused = runs_kernels(x.device)
-    return (fused_relu2_mlp if fused else relu2_mlp_reference)(x, fc_weight, fc_bias, proj_weight, proj_bias)
+    return (fused_relu2_mlp if runs_kernels(x.device) else relu2_mlp_reference)(x, fc_weight, fc_bias, proj_weight)
 
 
 def mlp_path(device: torch.device) -> str:

@@ -61,9 +61,9 @@ class Products(TorchDispatchMode):
 
 def test_the_mlp_and_the_head_take_the_detour(cpu):
     """Kills: a product of theirs, forward or backward, that goes past `linear` to PyTorch's loops."""
-    x, W, b, V, c = (torch.ones(shape, dtype=torch.bfloat16, requires_grad=True)
-                     for shape in ((5, 8), (16, 8), (16,), (8, 16), (8,)))
+    x, W, b, V = (torch.ones(shape, dtype=torch.bfloat16, requires_grad=True)
+                  for shape in ((5, 8), (16, 8), (16,), (8, 16)))
     with Products() as products:
-        head_loss(relu2_mlp(x, W, b, V, c), W, b, torch.arange(5)).backward()
+        head_loss(relu2_mlp(x, W, b, V), W, b, torch.arange(5)).backward()
     used = torch.bfloat16 if bf16.CPU_MULTIPLIES_BF16 else torch.float32
     assert products.dtypes == [used] * 18  # three products each, and the gradients of their two operands

@@ -66,13 +66,13 @@ def test_bytes_of_a_layer():
     """Kills: an activation that is written in fp32 or read once more, for the gradient of a bias or by a pass that does
     not fuse; a product too many; weights that are cast; a bench.roofline that counts what does not happen.
 
-    What a second layer adds, in tensors of tokens x model_dim: 4 norms of 4, q and k's of 5 forwards and 9 backwards, 2
-    sums. Two of these read q and k alone, but v counts with them. 1% is for statistics and weights."""
+    What a second layer adds, in tensors of tokens x model_dim: 4 norms of 4, q and k's of 5 forwards and 9 backwards.
+    Two of these read q and k alone, but v counts with them. 1% is for statistics and weights."""
     one, two = printed_by(GRAPHS)
     added = {row["part"]: {name: row[name] - before[name] for name in ("kernels", "bytes", "roofline")}
              for before, row in zip(one, two, strict=True)}
     unit = 2 * 16 * 1024 * 768
-    assert added["elementwise"]["bytes"] / unit == pytest.approx(32, rel=0.01)
-    assert added["elementwise"]["roofline"] / unit == pytest.approx(30)
+    assert added["elementwise"]["bytes"] / unit == pytest.approx(30, rel=0.01)
+    assert added["elementwise"]["roofline"] / unit == pytest.approx(28)
     assert added["products"]["bytes"] == pytest.approx(added["products"]["roofline"], rel=0.01)
     assert added["products"]["kernels"] == 12

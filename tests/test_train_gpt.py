@@ -16,6 +16,7 @@ from conftest import ROOT, one_process, write_shard
 import train_gpt
 from kernels.cross_entropy import fused_head_loss
 from kernels.mlp import fused_relu2_mlp
+from kernels.norm import fused_prenorm
 from kernels.qkv import fused_qkv_heads
 from train_gpt import GPT, Hyperparameters, Place, flatten, initial_weights, override, read_batches, render
 
@@ -230,6 +231,7 @@ def kernels(monkeypatch):
     monkeypatch.setattr(train_gpt, "head_loss", partial(fused_head_loss, rows=40))
     monkeypatch.setattr(train_gpt, "relu2_mlp", fused_relu2_mlp)
     monkeypatch.setattr(train_gpt, "qkv_heads", fused_qkv_heads)
+    monkeypatch.setattr(train_gpt, "prenorm", fused_prenorm)
 
 
 def test_the_model_is_one_graph(model, kernels):
