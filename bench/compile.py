@@ -31,7 +31,7 @@ from kernels.cross_entropy import losses_of_rows, to_gradient_
 from kernels.mlp import activation_gradient, up_projection
 from kernels.newton_schulz import newton_schulz_fused
 from kernels.norm import gradient_of_prenorm
-from kernels.qkv import gradient_of_qkv
+from kernels.qkv import gradient_of_qkv, norm_and_rotate_
 
 # KB of shared memory that a block may have (CUDA C++ Programming Guide, table "Technical Specifications per Compute
 # Capability"): A100, RTX 40 (and 30), H100 and H200, B200, RTX 50
@@ -61,7 +61,8 @@ def prenorm(M: int, D: int):
 def qkv(B: int, T: int, H: int, K: int):
     by_token = [bf16(B, T, H, K).transpose(1, 2) for _ in range(3)]  # as attention leaves gradients
     angles = [torch.empty(T, K // 2, device="meta") for _ in range(2)]
-    return lambda capability: gradient_of_qkv(*by_token, bf16(B, T, 3 * H * K), *angles)
+    qk = bf16(B, T, 3, H, K)[:, :, :2]
+    return lambda capability: gradient_of_qkv(*by_token, qk, norm_and_rotate_(qk, *angles), *angles)
 
 
 def bf16(*shape: int) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""What torch.compile makes of the model for an H100 that need not be there: kernels and bytes of a micro-batch.
+"""What torch.compile makes of the model for an H100 that need not be there: kernels, bytes moved, memory held.
 
-    python -m bench.graph [@RECIPE] [NAME=VALUE ...] [-o FOLDER]      default: micro_batch=16
+    python -m bench.graph [@RECIPE] [NAME=VALUE ...] [-o FOLDER]
 
 Both programs, train_gpt.py's (fused) and bench/baseline.py's (published), are traced at the recipe's size, forwards and
 backwards, and TorchInductor writes its Triton kernels, as in a run; then it stops, before anything is compiled or
@@ -9,14 +9,21 @@ reads twice, or keeps something in memory for itself, it is the least. A product
 operands and results; the head's, fused, has the logits inside, which no graph shows, and is left out. Attention stands
 for any of its backends. Beside it, what bench/roofline.py takes for the same kernels.
 
+Memory is counted by running what Inductor wrote on tensors without data, with kernels that do nothing: it allocates and
+frees as it would, and so do the launchers of the opaque operators. What the caching allocator, cuBLAS or attention need
+beyond the tensors is not in it.
+
 The tensors are fake and live on the CPU while autograd traces them; then they are said to be on a GPU. What asks for
 that GPU is told of an H100. `torch._inductor` is private: this holds for the pinned version.
 """
 
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -29,15 +36,19 @@ from torch._functorch.aot_autograd import aot_function, make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 from torch._inductor import compile_fx, config, ir
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes import joint_graph, reinplace
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import NopKernelSchedulerNode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
-from torch.utils._pytree import tree_map
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 import train_gpt
 from bench import markdown, parse, publish, roofline, run
@@ -114,17 +125,24 @@ def to_gpu(value):
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda:0")
 
 
-def written(graph: torch.fx.GraphModule, inputs: list, **kwargs) -> list[tuple[str, int]]:
-    """(kind, bytes) of each kernel that Inductor writes for a graph of the CPU, as if it were the GPU's."""
+class Pass(NamedTuple):
+    """Forwards or backwards, as Inductor writes it."""
+    kernels: list[tuple[str, int]]  # what runs each, and its bytes
+    source: str
+    inputs: list[tuple]  # size, stride, dtype of each
+
+
+def written(graph: torch.fx.GraphModule, inputs: list, **kwargs) -> Pass:
+    """What Inductor writes for a graph of the CPU, as if it were the GPU's."""
     for node in graph.graph.nodes:
         if "device" in node.kwargs:
             node.kwargs = node.kwargs | {"device": torch.device("cuda:0")}
         node.meta = {name: tree_map(to_gpu, value) for name, value in node.meta.items() if name != "tensor_meta"}
     graph.recompile()
-    kernels = []
+    kernels, sources = [], []
 
     def count(lowering: GraphLowering):
-        lowering.codegen()
+        sources.append(lowering.codegen()[0].value)
         kernels.extend(map(kernel, lowering.scheduler.nodes))
         raise Written
 
@@ -135,7 +153,7 @@ def written(graph: torch.fx.GraphModule, inputs: list, **kwargs) -> list[tuple[s
         except torch._inductor.exc.InductorError as error:
             if not isinstance(error.inner_exception, Written):
                 raise
-    return [found for found in kernels if found]
+    return Pass([found for found in kernels if found], *sources, [(tuple(x.shape), x.stride(), x.dtype) for x in inputs])
 
 
 def kernel(node) -> tuple[str, int] | None:
@@ -144,16 +162,18 @@ def kernel(node) -> tuple[str, int] | None:
         return None
     if not node.is_extern():
         return "Inductor", node.get_read_write_buffers_sizes()
+    runs = node.node.python_kernel_name.removeprefix("torch.ops.").removesuffix(".default")
     results = node.node.outputs if isinstance(node.node, ir.FallbackKernel) else [node.node]
-    moved = sum(int(x.get_numel()) * x.get_dtype().itemsize for x in (*node.node.inputs, *results))
-    return node.node.python_kernel_name.removeprefix("torch.ops.").removesuffix(".default"), moved
+    if runs.endswith("_"):  # in place, by PyTorch's convention
+        results = [*results, node.node.inputs[0]]
+    return runs, sum(int(x.get_numel()) * x.get_dtype().itemsize for x in (*node.node.inputs, *results))
 
 
 PROGRAMS = {"fused": (train_gpt.GPT, torch.bfloat16), "published": (UnfusedGPT, torch.float32)}
 
 
-def trace(form: str, hp: train_gpt.Hyperparameters) -> dict[str, list[tuple[str, int]]]:
-    """{"forward": kernels, "backward": kernels} of a program, named as in bench/roofline.py."""
+def trace(form: str, hp: train_gpt.Hyperparameters) -> dict[str, Pass]:
+    """{"forward": its pass, "backward": its pass} of a program, named as in bench/roofline.py."""
     make, dtype = PROGRAMS[form]  # of the parameters; the embedding has its own
     with torch.device("meta"):
         model = make(hp)
@@ -183,6 +203,68 @@ def trace(form: str, hp: train_gpt.Hyperparameters) -> dict[str, list[tuple[str,
 
 
 ########################################
+#                Memory                #
+########################################
+
+OPERATORS = {op._opoverload: op._init_fn for op in (cross_entropy.head_loss_op, mlp.relu2_up, mlp.relu2_dpre,
+                                                    norm.dprenorm_op, qkv.norm_and_rotate_op, qkv.dqkv_op)}
+
+
+def without_data(size: tuple, stride: tuple, dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device="meta")
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of the tensors that were made in it and still exist; `most`, since the last look, at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors, self.most = {}, 0
+
+    def held(self) -> int:
+        self.tensors = {storage: size for storage, size in self.tensors.items() if not storage.expired()}
+        return sum(self.tensors.values())
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        with self if function in OPERATORS else nullcontext():  # what a launcher allocates counts
+            result = OPERATORS.get(function, function)(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                self.tensors[StorageWeakRef(x.untyped_storage())] = x.untyped_storage().nbytes()
+        self.most = max(self.most, self.held())
+        return result
+
+
+def program(source: str) -> Callable[[list[Tensor]], tuple]:
+    """A pass that allocates and frees, and computes nothing."""
+    idle = SimpleNamespace(run=lambda *_, **__: None)
+    names = {"__name__": "written"}
+    with (mock.patch.object(AsyncCompile, "triton", lambda *_, **__: idle),
+          mock.patch.object(AsyncCompile, "wait", lambda *_: None),
+          mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, create=True)):
+        exec(source, names)
+    names |= {"empty_strided_cuda": without_data, "assert_alignment": lambda *_: None,
+              "copy_if_misaligned": lambda x: x}
+    return names["call"]
+
+
+def memory(passes: dict[str, Pass]) -> dict[str, int]:
+    """Bytes beside the parameters: kept from the forward pass for the backward pass, and the most in each of them."""
+    forward, backward = (program(each.source) for each in passes.values())
+    parameters, (*_, loss_gradient) = ([without_data(*x) for x in each.inputs] for each in passes.values())
+    product = "_fp32_product", lambda A, B: A.new_empty(len(A), B.size(1), dtype=torch.float32)
+    with (mock.patch.object(JITFunction, "run", lambda *_, **__: None), mock.patch.object(cross_entropy, *product),
+          mock.patch.object(torch.cuda, "_DeviceGuard", lambda _: nullcontext()),
+          mock.patch.object(torch.cuda, "set_device", lambda _: None), Memory() as count):
+        _, *kept = forward(parameters)
+        found = {"kept": count.held(), "forward": count.most}
+        count.most = 0
+        kept.append(loss_gradient)
+        backward(kept)
+        return found | {"backward": count.most}
+
+
+########################################
 #                Table                 #
 ########################################
 
@@ -193,7 +275,7 @@ def part(runs: str) -> str:
     """What a kernel does, by what runs it."""
     if runs.startswith("bench."):
         return "attention"
-    elementwise = "Inductor", "kernels.dprenorm", "kernels.dqkv"
+    elementwise = "Inductor", "kernels.dprenorm", "kernels.norm_and_rotate_", "kernels.dqkv"
     return "elementwise" if runs in elementwise else "head" if runs == "kernels.head_loss" else "products"
 
 
@@ -212,8 +294,8 @@ def rows(hp: train_gpt.Hyperparameters) -> list[dict]:
     found = []
     for form in PROGRAMS:
         moved, launched = Counter(), Counter()
-        for name, kernels in trace(form, hp).items():
-            for runs, size in kernels:
+        for name, each in trace(form, hp).items():
+            for runs, size in each.kernels:
                 moved[name, part(runs)] += size
                 launched[part(runs)] += 1
         for name, allowed in budget(hp, form).items():
@@ -223,15 +305,43 @@ def rows(hp: train_gpt.Hyperparameters) -> list[dict]:
     return found
 
 
+def standing(hp: train_gpt.Hyperparameters, form: str) -> int:
+    """Bytes of weights, gradients, and optimizers' states on one GPU: of a matrix's momentum, or AdamW's two."""
+    held = {"fused": dict(matrix=2 + 4 + 4 + 4, embedding=2 + 4 + 2 + 4, other=2 + 4 + 4 + 8),  # with fp32 masters
+            "published": dict(matrix=4 + 4 + 4, embedding=2 + 2 + 4, other=4 + 4 + 8)}[form]
+    return sum(shape.numel() * held["embedding" if name == "embed.weight" else
+                                    "matrix" if name.startswith("blocks.") and len(shape) == 2 else "other"]
+               for name, shape in roofline.parameters(hp).items())
+
+
+def memory_rows(hp: train_gpt.Hyperparameters) -> list[dict]:
+    found = []
+    for form in PROGRAMS:
+        counted, stands = memory(trace(form, hp)), standing(hp, form)
+        most = max(counted["forward"], counted["backward"])
+        found.append({"program": form, "kept for the backward pass": counted["kept"],
+                      "forward, at most": counted["forward"], "backward, at most": counted["backward"],
+                      "weights, gradients, states": stands, "in all": most + stands})
+    return found
+
+
+def in_gb(rows: list[dict]) -> str:
+    return markdown([{name: x if name == "kernels" or isinstance(x, str) else f"{x / 1e9:.1f}"
+                      for name, x in row.items()} for row in rows])
+
+
 def main(words: list[str]):
     words, out = parse("graph", __doc__, words)
-    hp = train_gpt.override(["micro_batch=16", *words])
-    if (logits := hp.micro_batch * hp.sequence_length * hp.vocab_size) > COUNTED:
-        raise ValueError(f"micro_batch={hp.micro_batch}: of {logits:,} logits Inductor counts {COUNTED:,}, take fewer")
-    table = [{name: x if name in ("program", "part", "kernels") else f"{x / 1e9:.1f}" for name, x in row.items()}
-             for row in rows(hp)]
-    publish("graph", words, out, f"A micro-batch of {hp.micro_batch} x {hp.sequence_length} tokens, in GB. Written for "
-            "sm_90, not compiled, not run.", markdown(table))
+    hp = train_gpt.override(words)
+    few = hp.micro_batch
+    while few * hp.sequence_length * hp.vocab_size > COUNTED and few > 1:
+        few //= 2
+    held = memory_rows(hp)
+    ours, published = (row["in all"] for row in held)
+    publish("graph", words, out, "In GB. Written for sm_90, not compiled, not run.",
+            f"## Moved by a micro-batch of {few} x {hp.sequence_length} tokens", in_gb(rows(replace(hp, micro_batch=few))),
+            f"## Held by a micro-batch of {hp.micro_batch} x {hp.sequence_length} tokens", in_gb(held),
+            f"The fused program holds {ours / published:.2f} of what the published one does (aim: 0.5).")
 
 
 if __name__ == "__main__":

@@ -152,21 +152,19 @@ def _fp32_product(A: Tensor, B: Tensor) -> Tensor:
 def head_loss_op(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, rows: int, gradients: bool) -> list[Tensor]:
     """[loss] or [loss, dx, dweight, dbias], from the logits of `rows` tokens at a time. An opaque operator: the
     compiled model is one graph around it."""
-    losses = []
-    if gradients:
-        dx = x.new_empty(x.shape)
-        dweight, dbias = (torch.zeros_like(p, dtype=torch.float32) for p in (weight, bias))
+    losses, sums, dx = [], None, x.new_empty(x.shape)
     for part in (slice(start, start + rows) for start in range(0, len(x), rows)):
         logits = torch.addmm(bias, x[part], weight.mT)
         loss, totals = losses_of_rows(logits, targets[part])
         losses.append(loss)
         if gradients:
-            dbias += to_gradient_(logits, targets[part], totals)
+            dbias = to_gradient_(logits, targets[part], totals)
             torch.mm(logits, weight, out=dx[part])
-            dweight += _fp32_product(logits.mT, x[part])
+            terms = _fp32_product(logits.mT, x[part]), dbias
+            sums = [a.add_(b) for a, b in zip(sums, terms)] if sums else terms
         del logits  # before the next ones are made
     loss = torch.cat(losses).sum()
-    return [loss, dx, dweight.type_as(weight), dbias.type_as(bias)] if gradients else [loss]
+    return [loss, dx, *(p.type_as(weight) for p in sums)] if gradients else [loss]
 
 
 @head_loss_op.register_fake

@@ -3,11 +3,11 @@
     (q, k, v) = x W^T + b,    z -> R_t(z / rms(z)) for z a head's q or k
 
 R_t is the rotary embedding (arXiv 2104.09864): it turns the pairs (z_i, z_{i + K/2}) by the angles of position t. The
-gradient g of its result turns back, h = R_-t g, and passes the norm: dz = r (h - z r^2 mean(z h)), r = 1 / rms(z). db
-sums dq, dk and dv over the tokens.
+gradient g of its result turns back, h = R_-t g, and passes the norm: dz = r (h - n mean(n h)), n = z / rms(z), r = 1 /
+rms(z). db sums dq, dk and dv over the tokens.
 
-Forwards that is one pass over memory, as torch.compile writes it. Backwards it writes three, through h in fp32
-(bench/graph.py shows them); the kernel is one.
+The result takes z's place in memory, and n turns back from it: nothing is kept of z but r, a number a head and token.
+torch.compile would keep z beside it, and go through h in fp32, in three passes (bench/graph.py shows such); it is one.
 """
 
 import torch
@@ -40,12 +40,35 @@ def qkv_heads_reference(x: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, si
 
 
 @triton.jit
-def dqkv_kernel(dq, dk, dv, qkv, cos, sin, dqkv, column_sums, M, T, H,
+def rotate_kernel(qk, cos, sin, inverse_rms, M, T, heads, stride_m,
+                  EPSILON: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_M: tl.constexpr):
+    """One head, BLOCK_M of the M = B T tokens, in place; inverse_rms (M, heads) fp32. The two halves of K are two
+    tiles."""
+    head = tl.program_id(1)
+    m, i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_HALF)
+    mask = (m < M)[:, None] & (i < HALF)[None, :]
+    here = qk + (m.to(tl.int64) * stride_m + head * 2 * HALF)[:, None] + i[None, :]
+    angle = ((m % T) * HALF)[:, None] + i[None, :]
+    c = tl.load(cos + angle, mask=mask, other=0)
+    s = tl.load(sin + angle, mask=mask, other=0)
+    x1 = tl.load(here, mask=mask, other=0).to(tl.float32)
+    x2 = tl.load(here + HALF, mask=mask, other=0).to(tl.float32)
+    dtype = qk.dtype.element_ty
+    r = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, 1) / (2 * HALF) + EPSILON)
+    n1 = (x1 * r[:, None]).to(dtype).to(tl.float32)  # rounded, as rms_norm does
+    n2 = (x2 * r[:, None]).to(dtype).to(tl.float32)
+    tl.store(here, (n1 * c + n2 * s).to(dtype), mask=mask)
+    tl.store(here + HALF, (n2 * c - n1 * s).to(dtype), mask=mask)
+    tl.store(inverse_rms + m.to(tl.int64) * heads + head, r, mask=m < M)
+
+
+@triton.jit
+def dqkv_kernel(dq, dk, dv, qk, inverse_rms, cos, sin, dqkv, column_sums, M, T, H, stride_m,
                 stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-                EPSILON: tl.constexpr, HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_M: tl.constexpr,
+                HALF: tl.constexpr, BLOCK_HALF: tl.constexpr, BLOCK_M: tl.constexpr,
                 ROWS: tl.constexpr):
     """One head of q, k or v, ROWS of the M = B T tokens, BLOCK_M at a time: dqkv (M, 3, H, K), and its column sums over
-    these rows, (cdiv(M, ROWS), 3, H, K) fp32. The two halves of K are two tiles."""
+    these rows, (cdiv(M, ROWS), 3, H, K) fp32. qk, inverse_rms: rotate_kernel's."""
     column = tl.program_id(1)
     part, head = column // H, column % H
     g, stride_b, stride_h, stride_t = dq, stride_qb, stride_qh, stride_qt
@@ -72,12 +95,15 @@ def dqkv_kernel(dq, dk, dv, qkv, cos, sin, dqkv, column_sums, M, T, H,
             s = tl.load(sin + angle, mask=mask, other=0)
             h1 = (g1 * c - g2 * s).to(dtype).to(tl.float32)  # rounded, as autograd does
             h2 = (g2 * c + g1 * s).to(dtype).to(tl.float32)
-            x1 = tl.load(qkv + here, mask=mask, other=0).to(tl.float32)
-            x2 = tl.load(qkv + here + HALF, mask=mask, other=0).to(tl.float32)
-            r = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, 1) / (2 * HALF) + EPSILON)[:, None]
-            mean = tl.sum(x1 * h1 + x2 * h2, 1)[:, None] / (2 * HALF)
-            g1 = r * (h1 - x1 * (r * r * mean))
-            g2 = r * (h2 - x2 * (r * r * mean))
+            rotated = qk + (m.to(tl.int64) * stride_m + column * 2 * HALF)[:, None] + i[None, :]
+            y1 = tl.load(rotated, mask=mask, other=0).to(tl.float32)
+            y2 = tl.load(rotated + HALF, mask=mask, other=0).to(tl.float32)
+            n1 = y1 * c - y2 * s
+            n2 = y2 * c + y1 * s
+            mean = tl.sum(n1 * h1 + n2 * h2, 1)[:, None] / (2 * HALF)
+            r = tl.load(inverse_rms + m.to(tl.int64) * 2 * H + column, mask=m < M, other=0)[:, None]
+            g1 = r * (h1 - n1 * mean)
+            g2 = r * (h2 - n2 * mean)
         d1, d2 = g1.to(dtype), g2.to(dtype)
         tl.store(dqkv + here, d1, mask=mask)
         tl.store(dqkv + here + HALF, d2, mask=mask)
@@ -88,35 +114,61 @@ def dqkv_kernel(dq, dk, dv, qkv, cos, sin, dqkv, column_sums, M, T, H,
     tl.store(column_sums + HALF, tl.sum(sums2, 0), mask=i < HALF)
 
 
-def gradient_of_qkv(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def norm_and_rotate_(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Overwrite qk (B, T, 2, H, K), a slice of (B, T, 3, H, K), with what is normalised and rotated; 1 / rms of what
+    was there, (B, T, 2, H) fp32. cos, sin (T, K/2) in fp32."""
+    B, T, _, H, K = qk.shape
+    M, block = B * T, 32
+    inverse_rms = qk.new_empty(qk.shape[:4], dtype=torch.float32)
+    rotate_kernel[(triton.cdiv(M, block), 2 * H)](qk, cos, sin, inverse_rms, M, T, 2 * H, qk.stride(1), EPSILON, K // 2,
+                                                  triton.next_power_of_2(K // 2), block)
+    return inverse_rms
+
+
+def gradient_of_qkv(dq: Tensor, dk: Tensor, dv: Tensor, qk: Tensor, inverse_rms: Tensor,
+                    cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """dqkv (B T, 3 H K) of dq, dk, dv (B, H, T, K), with K contiguous, and its column sums (3 H K), added in fp32 in a
-    fixed order, in its dtype. qkv (B, T, 3 H K) is the product; cos, sin (T, K/2) in fp32."""
+    fixed order, in its dtype. qk and inverse_rms are norm_and_rotate_'s."""
     B, H, T, K = dq.shape
     M, block, rows = B * T, 32, 256
-    dqkv = qkv.new_empty(M, 3 * H * K)
-    sums = qkv.new_empty(triton.cdiv(M, rows), 3 * H * K, dtype=torch.float32)
+    dqkv = qk.new_empty(M, 3 * H * K)
+    sums = qk.new_empty(triton.cdiv(M, rows), 3 * H * K, dtype=torch.float32)
     strides = [stride for g in (dq, dk, dv) for stride in g.stride()[:3]]
-    dqkv_kernel[(len(sums), 3 * H)](dq, dk, dv, qkv, cos, sin, dqkv, sums, M, T, H, *strides, EPSILON, K // 2,
-                                    triton.next_power_of_2(K // 2), block, rows)
+    dqkv_kernel[(len(sums), 3 * H)](dq, dk, dv, qk, inverse_rms, cos, sin, dqkv, sums, M, T, H, qk.stride(1), *strides,
+                                    K // 2, triton.next_power_of_2(K // 2), block, rows)
     return dqkv, sums.sum(0).type_as(dqkv)
 
 
+@torch.library.custom_op("kernels::norm_and_rotate_", mutates_args=("qk",))
+def norm_and_rotate_op(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return norm_and_rotate_(qk, cos, sin)
+
+
+@norm_and_rotate_op.register_fake
+def _norm_and_rotate_shape(qk, cos, sin):
+    return qk.new_empty(qk.shape[:4], dtype=torch.float32)
+
+
 @torch.library.custom_op("kernels::dqkv", mutates_args=())
-def dqkv_op(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return gradient_of_qkv(dq, dk, dv, qkv, cos, sin)
+def dqkv_op(dq: Tensor, dk: Tensor, dv: Tensor, qk: Tensor, inverse_rms: Tensor,
+            cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return gradient_of_qkv(dq, dk, dv, qk, inverse_rms, cos, sin)
 
 
 @dqkv_op.register_fake
-def _dqkv_shapes(dq, dk, dv, qkv, cos, sin):
-    return qkv.new_empty(qkv.size(0) * qkv.size(1), qkv.size(2)), qkv.new_empty(qkv.size(2))
+def _dqkv_shapes(dq, dk, dv, qk, inverse_rms, cos, sin):
+    B, T, _, H, K = qk.shape
+    return qk.new_empty(B * T, 3 * H * K), qk.new_empty(3 * H * K)
 
 
 class _FusedQKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, head_dim: int):
-        qkv = F.linear(x, weight, bias)
-        ctx.save_for_backward(x, weight, qkv, cos, sin)
-        return _heads(qkv, cos, sin, head_dim)
+        qkv = F.linear(x, weight, bias).unflatten(-1, (3, -1, head_dim))  # (B, T, 3, H, K)
+        qk = qkv[:, :, :2]
+        inverse_rms = norm_and_rotate_op(qk, cos, sin)
+        ctx.save_for_backward(x, weight, qk, inverse_rms, cos, sin)
+        return tuple(t.transpose(1, 2) for t in qkv.unbind(2))
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):
