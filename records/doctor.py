@@ -3,7 +3,9 @@ of its own.
 
 How much memory a step takes is computed, not measured, and meant as a bound: 18 bytes a parameter (bf16 weight, fp32
 master and gradient, two fp32 moments); for each token of a micro-batch what the backward pass needs: in bf16 a layer's
-10 vectors of model_dim and 2 of mlp_dim (swiglu: 3), and 8 bytes a logit (bf16, its gradient, an fp32 copy); RESERVE.
+8 vectors of model_dim and 1 of mlp_dim (swiglu: 3), 8 vectors beside the layers, and the logits; RESERVE. It is at most
+a tenth above what bench/graph.py counts. GPUs that do not run the kernels keep 2 vectors of mlp_dim, and 8 bytes a
+logit (bf16, its gradient, an fp32 copy).
 """
 
 import json
@@ -144,10 +146,11 @@ def taken(gpus: list[Gpu]) -> list[Finding]:
             for gpu in gpus if gpu.used > IN_USE]
 
 
-def step_bytes(run: dict, parameters: int, sequences: int) -> int:
+def step_bytes(run: dict, parameters: int, sequences: int, kernels: bool) -> int:
     """The memory that a step takes with a micro-batch of so many sequences, after the model above."""
-    vectors = 10 * run["model_dim"] + (3 if run["activation"] == "swiglu" else 2) * run["mlp_dim"]
-    token = 2 * run["num_layers"] * vectors + 8 * run["vocab_size"]
+    hidden = 3 if run["activation"] == "swiglu" else 1 if kernels else 2
+    layer = 8 * run["model_dim"] + hidden * run["mlp_dim"]
+    token = 2 * (run["num_layers"] * layer + 8 * run["model_dim"]) + (2 if kernels else 8) * run["vocab_size"]
     return 18 * parameters + sequences * run["sequence_length"] * token + RESERVE
 
 
@@ -156,11 +159,12 @@ def memory(run: dict, parameters: int, gpus: list[Gpu], world: int) -> list[Find
     sequences = run["batch_tokens"] // run["sequence_length"] // world
     sizes = [n for n in range(1, min(sequences, run["micro_batch"]) + 1) if sequences % n == 0]  # as the trainer does
     free = min((gpu.total - gpu.used for gpu in gpus), default=sys.maxsize)
-    fitting = [n for n in sizes if step_bytes(run, parameters, n) <= free]
+    needs = {n: step_bytes(run, parameters, n, all(float(gpu.capability) >= 8 for gpu in gpus)) for n in sizes}
+    fitting = [n for n in sizes if needs[n] <= free]
     if fitting == sizes:
         return []
     what = (f"{free / 2**30:.1f} GiB of a GPU are free, a micro-batch of {sizes[-1]} sequences may take "
-            f"{step_bytes(run, parameters, sizes[-1]) / 2**30:.0f} (computed, not measured)")
+            f"{needs[sizes[-1]] / 2**30:.0f} (computed, not measured)")
     mend = f"micro_batch={fitting[-1]}, which changes no result" if fitting else "use GPUs with more memory"
     return [Finding(what, "the run would be out of memory in its first step", mend, ends=False)]
 

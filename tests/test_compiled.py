@@ -13,11 +13,16 @@ from conftest import ROOT
 KERNELS = "import json; from bench.compile import compiled; print(json.dumps([row._asdict() for row in compiled()]))"
 GRAPHS = """
 import json
+from bench import roofline
 from bench.graph import PROGRAMS, memory_rows, rows
+from records.doctor import RESERVE, step_bytes
 from train_gpt import override
 del PROGRAMS["published"]  # it takes as long again
 recipes = [override(["micro_batch=16", f"num_layers={layers}"]) for layers in (1, 2)]
-print(json.dumps([(rows(hp), *memory_rows(hp)) for hp in recipes]))
+def bound(hp):
+    parameters = sum(shape.numel() for shape in roofline.parameters(hp).values())
+    return step_bytes(vars(hp) | {"mlp_dim": hp.mlp_dim}, parameters, hp.micro_batch, True) - RESERVE
+print(json.dumps([(rows(hp), *memory_rows(hp), bound(hp)) for hp in recipes]))
 """
 of_pytorch_2_13 = pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="bench.graph is of PyTorch 2.13")
 
@@ -80,7 +85,7 @@ def test_bytes_of_a_layer(graphs):
 
     What a second layer adds: 4 norms of 4 tensors, q and k's of 4 forwards and 8 backwards. 1% is for statistics and
     weights."""
-    (one, _), (two, _) = graphs
+    (one, *_), (two, *_) = graphs
     added = {row["part"]: {name: row[name] - before[name] for name in ("kernels", "bytes", "roofline")}
              for before, row in zip(one, two, strict=True)}
     assert added["elementwise"]["bytes"] / UNIT == pytest.approx(28, rel=0.01)
@@ -97,10 +102,17 @@ def test_memory_of_a_layer(graphs):
 
     A second layer keeps x and its norm, twice, qkv, attention's result and the MLP's post, 4 as large. 1% is for
     statistics. The backward pass frees what is kept as it goes: at no time it needs 4 tensors more, a dpost's."""
-    (_, one), (_, two) = graphs
+    (_, one, _), (_, two, _) = graphs
     kept = [row["kept for the backward pass"] for row in (one, two)]
     assert (kept[1] - kept[0]) / UNIT == pytest.approx(12, rel=0.01)
     logits = 2 * 16 * 1024 * 50304
     for row, each in zip((one, two), kept, strict=True):
         assert logits < row["forward, at most"] - each < 1.12 * logits
         assert each < row["backward, at most"] < each + 4 * UNIT
+
+
+@of_pytorch_2_13
+def test_the_doctor_knows_what_a_step_takes(graphs):
+    """Kills: `records doctor` with a model of the memory that the program has outgrown."""
+    for _, row, bound in graphs:
+        assert row["in all"] < bound < 1.1 * row["in all"]
