@@ -17,7 +17,7 @@ github.com/KellerJordan/modded-nanogpt, records/track_3_optimization, result #17
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -356,8 +356,41 @@ def check_direction(name: str, pp_iterations: int, pp_beta: float):
                          f"they belong to {' and '.join(d for d in DIRECTIONS if DIRECTIONS[d].balances)}")
 
 
-# Elements updated in one call on a CPU: what a step needs beyond the weights does not grow with depth.
-AT_ONCE = 6 * 768 * 768
+def advance_(weight: Tensor, gradient: Tensor, momentum: Tensor, lr, weight_decay, mu, direction: str, options: dict,
+             contra_strength: float, uw_floor: float, second_moment: Tensor | None = None):
+    """A step, as at the head of this file, of a stack; all but the gradient are overwritten."""
+    way, (m, n) = DIRECTIONS[direction], weight.shape[-2:]
+    G = gradient.to(momentum.dtype)
+    # products and sums, not lerp: it rounds otherwise what is left over where a CPU's vector registers end
+    momentum.mul_(mu).add_((1 - mu) * G)
+    N = (1 - mu) * G + mu * momentum
+    U = way.factor(N, **options).to(N.dtype)
+    if contra_strength:
+        U = contra(U, N, contra_strength)
+    if way.second_moment:
+        U, moments = way.normalise(U, second_moment)
+        second_moment.copy_(moments)
+    elif way.normalise:
+        U = way.normalise(U)
+    W = weight.to(N.dtype)
+    U = update_weight_floor(U * max(1, m / n) ** 0.5, W, uw_floor)
+    weight.copy_((1 - lr * weight_decay) * W - lr * U)
+
+
+COMPILED = {"realize_reads_threshold": 1}  # N is written once: else its two operands are read in place of it, each time
+
+
+@cache
+def compiled_advance() -> Callable:
+    """advance_ in some 40 kernels that read or write the stack 28 times (bench/graph.py counts them); operation by
+    operation it would be several times as often."""
+    return torch.compile(advance_, dynamic=False, options=COMPILED)
+
+
+def at_once(stack: Tensor) -> int:
+    """How many matrices of a stack are updated in one call: on a GPU all. On a CPU as many as have 3.5 million numbers:
+    what a step needs beyond the weights does not grow with depth."""
+    return len(stack) if stack.is_cuda else max(1, 6 * 768 * 768 // (stack.size(1) * stack.size(2)))
 
 
 class Aurora(torch.optim.Optimizer):
@@ -422,21 +455,23 @@ class Aurora(torch.optim.Optimizer):
                 if all(p.grad is None for p in params):
                     continue
                 if params[0].ndim == 3:
-                    moving = [m for p in params if p.grad is not None for m in self._matrices(p, group)]
-                    self._update(moving, [m["weight"] for m in moving], group)
+                    for tensors in (self._tensors(p, group) for p in params if p.grad is not None):
+                        some = at_once(tensors["weight"])
+                        for part in zip(*(x.split(some) for x in tensors.values()), strict=True):
+                            self._advance(dict(zip(tensors, part)), group)
                     continue
                 owned, share = owned_by_this_rank(params)
                 shard = params[0].new_empty(share, *params[0].shape)
-                moving = [i for i, p in enumerate(owned) if p.grad is not None]
-                self._update([m for i in moving for m in self._matrices(owned[i], group)],
-                             [shard[i] for i in moving], group)
+                moving = [(new, p) for new, p in zip(shard, owned) if p.grad is not None]
+                for i in range(0, len(moving), at_once(shard)):
+                    self._update(*zip(*moving[i:i + at_once(shard)]), group)
                 arrive(travelling)
                 travelling = send(params, shard)
         arrive(travelling)
         return loss
 
-    def _matrices(self, p, group) -> list[dict[str, Tensor]]:
-        """Weight, gradient and state of p, or of each matrix of a stack p; state in fp32 or better, at first zero."""
+    def _tensors(self, p, group) -> dict[str, Tensor]:
+        """Weight, gradient and state of p; state in fp32 or better, at first zero."""
         direction, (*stack, m, n) = DIRECTIONS[group["direction"]], p.shape
         shapes = {"momentum": (m, n)}
         if direction.second_moment:
@@ -444,42 +479,29 @@ class Aurora(torch.optim.Optimizer):
         for name, shape in shapes.items():
             if name not in self.state[p]:
                 self.state[p][name] = torch.zeros(*stack, *shape, dtype=at_least_fp32(p), device=p.device)
-        tensors = dict(weight=p, gradient=p.grad) | {name: self.state[p][name] for name in shapes}
-        if p.ndim == 2:
-            return [tensors]
-        return [dict(zip(tensors, matrix)) for matrix in zip(*tensors.values())]
+        return dict(weight=p, gradient=p.grad) | {name: self.state[p][name] for name in shapes}
 
-    def _update(self, matrices, out, group):
-        """Put the new weights of matrices of one shape into `out`: on a GPU all at once, else some."""
-        at_once = max(1, AT_ONCE // out[0].numel() if out and not out[0].is_cuda else len(out))
-        for i in range(0, len(out), at_once):
-            torch._foreach_copy_(out[i:i + at_once], list(self._updated(matrices[i:i + at_once], group)))
+    def _update(self, out, params, group):
+        """Put the new weights of parameters of one shape into `out`."""
+        matrices = [self._tensors(p, group) for p in params]
+        stack = {name: torch.stack([matrix[name] for matrix in matrices]) for name in matrices[0]}
+        self._advance(stack, group)
+        torch._foreach_copy_(list(out), list(stack["weight"]))
+        for name in stack.keys() - {"weight", "gradient"}:
+            torch._foreach_copy_([matrix[name] for matrix in matrices], list(stack[name]))
 
-    def _updated(self, matrices, group) -> Tensor:
-        """The new weights of matrices, as one stack."""
-        def each(name):
-            return [matrix[name] for matrix in matrices]
-        direction = DIRECTIONS[group["direction"]]
-        m, n = matrices[0]["weight"].shape
-        N = torch.stack(each("gradient"))
-        N = N.to(at_least_fp32(N))
-        momenta = each("momentum")
-        torch._foreach_lerp_(momenta, list(N), 1 - group["mu"])
-        torch._foreach_lerp_(list(N), momenta, group["mu"])
+    def _advance(self, tensors: dict[str, Tensor], group):
+        """advance_ a stack, compiled on a GPU. There what a schedule may change is a tensor: a number would be a
+        constant of the program, which is compiled once."""
+        advance, numbers = advance_, {name: group[name] for name in ("lr", "weight_decay", "mu")}
+        if tensors["weight"].is_cuda:
+            advance, zero = compiled_advance(), tensors["momentum"].new_zeros(())
+            numbers = {name: x if isinstance(x, Tensor) else zero + x for name, x in numbers.items()}
         options = dict(polar=self.polar) if self.polar else {}
-        if direction.balances:
+        if DIRECTIONS[group["direction"]].balances:
             options |= dict(pp_iterations=group["pp_iterations"], pp_beta=group["pp_beta"])
-        U = direction.factor(N, **options).to(N.dtype)
-        if group["contra"]:
-            U = contra(U, N, group["contra"])
-        if direction.second_moment:
-            U, moments = direction.normalise(U, torch.stack(each("second_moment")))
-            torch._foreach_copy_(each("second_moment"), list(moments))
-        elif direction.normalise:
-            U = direction.normalise(U)
-        W = torch.stack(each("weight")).to(N.dtype)
-        U = update_weight_floor(U * max(1, m / n) ** 0.5, W, group["uw_floor"])
-        return W.mul_(1 - group["lr"] * group["weight_decay"]).sub_(U.mul_(group["lr"]))
+        advance(**tensors, **numbers, direction=group["direction"], options=options, contra_strength=group["contra"],
+                uw_floor=group["uw_floor"])
 
     def state_dict(self) -> dict:
         whole = super().state_dict()

@@ -51,9 +51,10 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import train_gpt
+from aurora import COMPILED, DIRECTIONS, advance_
 from bench import markdown, parse, publish, roofline, run
 from bench.baseline import UnfusedGPT
-from kernels import bf16, cross_entropy, mlp, norm, qkv
+from kernels import bf16, cross_entropy, mlp, newton_schulz, norm, qkv
 
 CARD = SimpleNamespace(name="NVIDIA H100", type="cuda", index=0, major=9, minor=0, multi_processor_count=132,
                        warp_size=32, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048,
@@ -110,7 +111,7 @@ def on_an_h100() -> ExitStack:
             (joint_graph, "lazy_init", always(None)),  # patterns of attention, which are traced on the GPU
             (reinplace, "_inplace_generalized_scatter", lambda whole, part, views: whole),  # only a shape is wanted
             (F, "scaled_dot_product_attention", lambda q, k, v, **_: attention(q, k, v)[0]),
-            *((module, "runs_kernels", always(True)) for module in (cross_entropy, mlp, norm, qkv)),
+            *((module, "runs_kernels", always(True)) for module in (cross_entropy, mlp, newton_schulz, norm, qkv)),
             (bf16, "CPU_MULTIPLIES_BF16", True)]:
         stack.enter_context(mock.patch.object(target, name, value))
     scatter = torch.ops.aten._unsafe_masked_index_put_accumulate.default  # of the embedding's gradient, only a shape
@@ -200,6 +201,28 @@ def trace(form: str, hp: train_gpt.Hyperparameters) -> dict[str, Pass]:
         aot_function(loss, partial(compiler, name="forward"), partial(compiler, name="backward"), partition,
                      select_decomp_table())(*values).backward()
     return passes
+
+
+def trace_update(shape: tuple[int, int, int], hp: train_gpt.Hyperparameters) -> Pass:
+    """The update of a stack of matrices."""
+    way, mode, passes = DIRECTIONS[hp.direction], FakeTensorMode(), []
+    options = dict(pp_iterations=hp.pp_iterations, pp_beta=hp.pp_beta) if way.balances else {}
+
+    def update(*tensors):
+        advance_(*tensors[:6], hp.direction, options, hp.contra, hp.uw_floor, *tensors[6:])
+        return ()
+
+    def compiler(graph, inputs):
+        passes.append(written(graph, inputs))
+        return make_boxed_func(lambda *_: [])
+
+    with on_an_h100(), config.patch(COMPILED), mode, tracing(TracingContext(mode)), torch.no_grad():
+        tensors = [torch.empty(shape) for _ in range(3)] + [torch.empty(()) for _ in range(3)]
+        if way.second_moment:
+            tensors.append(torch.empty(shape[0], *way.second_moment(*shape[1:])))
+        aot_function(update, compiler, decompositions=select_decomp_table(), inference_compiler=compiler,
+                     keep_inference_input_mutations=True)(*tensors)
+    return passes[0]
 
 
 ########################################
@@ -305,6 +328,17 @@ def rows(hp: train_gpt.Hyperparameters) -> list[dict]:
     return found
 
 
+def update_rows(hp: train_gpt.Hyperparameters) -> list[dict]:
+    """Of each stack that one GPU updates. Newton-Schulz is the kernels' own."""
+    found = []
+    for (m, n), count in Counter(tuple(shape) for _, *shape in roofline.block_matrices(hp)).items():
+        tail = [size for runs, size in trace_update((count, m, n), hp).kernels if runs != "kernels.newton_schulz"]
+        passes, kernels = roofline.tail(m, n, hp.direction, "fused")
+        found.append({"stack": f"{count} x {m} x {n}", "kernels": len(tail), "roofline's": kernels,
+                      "passes": sum(tail) / (4 * count * m * n), "the roofline's": passes})
+    return found
+
+
 def standing(hp: train_gpt.Hyperparameters, form: str) -> int:
     """Bytes of weights, gradients, and optimizers' states on one GPU: of a matrix's momentum, or AdamW's two."""
     held = {"fused": dict(matrix=2 + 4 + 4 + 4, embedding=2 + 4 + 2 + 4, other=2 + 4 + 4 + 8),  # with fp32 masters
@@ -341,7 +375,9 @@ def main(words: list[str]):
     publish("graph", words, out, "In GB. Written for sm_90, not compiled, not run.",
             f"## Moved by a micro-batch of {few} x {hp.sequence_length} tokens", in_gb(rows(replace(hp, micro_batch=few))),
             f"## Held by a micro-batch of {hp.micro_batch} x {hp.sequence_length} tokens", in_gb(held),
-            f"The fused program holds {ours / published:.2f} of what the published one does (aim: 0.5).")
+            f"The fused program holds {ours / published:.2f} of what the published one does (aim: 0.5).",
+            f"## The update of a stack, beside Newton-Schulz: direction {hp.direction}",
+            markdown(update_rows(hp)) + "\n\nA pass is a read or a write of a stack in fp32.")
 
 
 if __name__ == "__main__":

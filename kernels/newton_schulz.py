@@ -155,10 +155,21 @@ def newton_schulz_fused(X: Tensor, coefficients, choice=NEWTON_SCHULZ_CHOICE) ->
     return X
 
 
+@torch.library.custom_op("kernels::newton_schulz", mutates_args=())
+def newton_schulz_op(X: Tensor, coefficients: list[float]) -> Tensor:
+    """An opaque operator, as a compiled update is one graph around it. Three coefficients a step."""
+    return newton_schulz_fused(X, list(zip(*[iter(coefficients)] * 3)))
+
+
+@newton_schulz_op.register_fake
+def _newton_schulz_shape(X, coefficients):
+    return X.new_empty(X.shape)
+
+
 def newton_schulz(X: Tensor, coefficients) -> Tensor:
     """Contract of newton_schulz_reference. Stacks of 16 bits on a GPU with bf16 run as newton_schulz_path says."""
     if runs_kernels(X.device) and X.element_size() == 2:
-        return newton_schulz_fused(X, coefficients)
+        return newton_schulz_op(X, [number for step in coefficients for number in step])
     if needs_fp32(X):
         return newton_schulz_reference(X.float(), coefficients, lambda product: product.bfloat16().float()).bfloat16()
     return newton_schulz_reference(X, coefficients)

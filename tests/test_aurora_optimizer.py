@@ -10,7 +10,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import aurora
-from aurora import DIRECTIONS, QUINTIC_5, Aurora, contra, polar, update_weight_floor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from aurora import DIRECTIONS, QUINTIC_5, Aurora, advance_, contra, polar, update_weight_floor
 
 SQUARE, TALL, WIDE = (24, 24), (48, 16), (16, 40)
 SHAPES = [SQUARE] * 5 + [TALL] * 3 + [WIDE]
@@ -185,10 +187,53 @@ def test_stack_of_equal_shapes_is_updated_in_one_call(monkeypatch):
     assert sorted(calls) == [(1, *WIDE), (4, *SQUARE), (4, *TALL)]
 
 
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_step_is_one_graph(direction):
+    """Kills: a construct that breaks the graph, which a GPU runs compiled: slowly, and without a word; a number that is
+    a constant of the graph where a schedule may change it."""
+    way = DIRECTIONS[direction]
+
+    def run(advance, lr):
+        tensors = [draw(3, *TALL, seed=seed) for seed in range(3)]
+        moments = {"second_moment": draw(3, *way.second_moment(*TALL), seed=3).abs()} if way.second_moment else {}
+        advance(*tensors, *map(torch.tensor, (lr, 0.1, 0.95)), direction, dict(pp_beta=0.4) if way.balances else {},
+                0.4, 0.35, **moments)
+        return [*tensors, *moments.values()]
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+    compiled = torch.compile(advance_, backend=backend, fullgraph=True, dynamic=False)
+    for lr in (0.02, 0.01):
+        assert all(map(torch.equal, run(compiled, lr), run(advance_, lr)))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_gpu_takes_the_compiled_step(stacked, monkeypatch):
+    """Kills: a GPU that runs eagerly without a word, or updates a stack in several calls; a number of a schedule for
+    which it would compile again. Nothing is computed: the tensors are fake."""
+    calls = []
+    monkeypatch.setattr(aurora, "compiled_advance", lambda: lambda **arguments: calls.append(arguments))
+    with FakeTensorMode():
+        shapes = [(20, 768, 768)] if stacked else [(768, 768)] * 20
+        params = [torch.nn.Parameter(torch.empty(shape, device="cuda")) for shape in shapes]
+        for p in params:
+            p.grad = torch.empty_like(p)
+        Aurora(params).step()
+        call, = calls
+        assert call["weight"].shape == (20, 768, 768)
+        for name in ("lr", "weight_decay", "mu"):
+            assert (call[name].device.type, call[name].dtype, call[name].ndim) == ("cuda", torch.float32, 0)
+
+
 @pytest.mark.parametrize("direction", ["aurora", "normuon_lite"])
-def test_a_stack_is_its_matrices(direction):
+def test_a_stack_is_its_matrices(direction, monkeypatch):
     """Kills: a norm or a second moment over a whole stack, state of one matrix given to the next, a stack that moves
     where it has no gradient."""
+    monkeypatch.setattr(aurora, "at_once", lambda stack: 2)  # of three
     for shape in (TALL, WIDE):
         stack, *alone = (torch.nn.Parameter(x) for x in (draw(3, *shape), *draw(3, *shape)))
         idle = torch.nn.Parameter(draw(3, *shape))

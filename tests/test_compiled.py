@@ -14,7 +14,7 @@ KERNELS = "import json; from bench.compile import compiled; print(json.dumps([ro
 GRAPHS = """
 import json
 from bench import roofline
-from bench.graph import PROGRAMS, memory_rows, rows
+from bench.graph import PROGRAMS, memory_rows, rows, update_rows
 from records.doctor import RESERVE, step_bytes
 from train_gpt import override
 del PROGRAMS["published"]  # it takes as long again
@@ -22,7 +22,8 @@ recipes = [override(["micro_batch=16", f"num_layers={layers}"]) for layers in (1
 def bound(hp):
     parameters = sum(shape.numel() for shape in roofline.parameters(hp).values())
     return step_bytes(vars(hp) | {"mlp_dim": hp.mlp_dim}, parameters, hp.micro_batch, True) - RESERVE
-print(json.dumps([(rows(hp), *memory_rows(hp), bound(hp)) for hp in recipes]))
+print(json.dumps(dict(layers=[(rows(hp), *memory_rows(hp), bound(hp)) for hp in recipes],
+                      updates=[update_rows(override([f"direction={name}"])) for name in ("aurora", "normuon")])))
 """
 of_pytorch_2_13 = pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="bench.graph is of PyTorch 2.13")
 
@@ -69,8 +70,8 @@ def test_products_use_the_matrix_units(kernels):
 
 
 @pytest.fixture(scope="module")
-def graphs() -> list:
-    """Of one layer and of two: what bench.graph counts."""
+def graphs() -> dict:
+    """What bench.graph counts, of one layer and of two, and of the updates of all."""
     return printed_by(GRAPHS)
 
 
@@ -85,7 +86,7 @@ def test_bytes_of_a_layer(graphs):
 
     What a second layer adds: 4 norms of 4 tensors, q and k's of 4 forwards and 8 backwards. 1% is for statistics and
     weights."""
-    (one, *_), (two, *_) = graphs
+    (one, *_), (two, *_) = graphs["layers"]
     added = {row["part"]: {name: row[name] - before[name] for name in ("kernels", "bytes", "roofline")}
              for before, row in zip(one, two, strict=True)}
     assert added["elementwise"]["bytes"] / UNIT == pytest.approx(28, rel=0.01)
@@ -102,7 +103,7 @@ def test_memory_of_a_layer(graphs):
 
     A second layer keeps x and its norm, twice, qkv, attention's result and the MLP's post, 4 as large. 1% is for
     statistics. The backward pass frees what is kept as it goes: at no time it needs 4 tensors more, a dpost's."""
-    (_, one, _), (_, two, _) = graphs
+    (_, one, _), (_, two, _) = graphs["layers"]
     kept = [row["kept for the backward pass"] for row in (one, two)]
     assert (kept[1] - kept[0]) / UNIT == pytest.approx(12, rel=0.01)
     logits = 2 * 16 * 1024 * 50304
@@ -114,5 +115,14 @@ def test_memory_of_a_layer(graphs):
 @of_pytorch_2_13
 def test_the_doctor_knows_what_a_step_takes(graphs):
     """Kills: `records doctor` with a model of the memory that the program has outgrown."""
-    for _, row, bound in graphs:
+    for _, row, bound in graphs["layers"]:
         assert row["in all"] < bound < 1.1 * row["in all"]
+
+
+@of_pytorch_2_13
+def test_passes_of_an_update(graphs):
+    """Kills: an update that is not compiled into one program, or whose momentum is read in two parts, each time; a
+    bench.roofline that takes a pass for free."""
+    for row in (row for rows in graphs["updates"] for row in rows):
+        assert 0.9 * row["the roofline's"] < row["passes"] <= row["the roofline's"]
+        assert 0.85 * row["roofline's"] < row["kernels"] <= row["roofline's"]
