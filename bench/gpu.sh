@@ -7,9 +7,10 @@
 # (gpu.txt) and a summary (gpu.md). A stage that fails stops no later one; the exit code is then 1.
 #
 # Under 8 minutes on one H100, by estimate: nothing was timed on one. 200 steps of 0.75 to 1 s and their compilation are
-# 215 s. What is left goes to the tests in 8 processes (40 s), to 20 rounds of each kernel at the sizes of 1 and 8 GPUs
-# (60 s), to 23 steps of each optimizer (25 s), and to 15 whole steps of two programs and their compilation (120 s). The
-# tokens are bytes: GPT-2's tokeniser takes minutes for as much text, and its vocabulary is a download.
+# 215 s, less what was compiled before and is found on disk. What is left goes to the tests in 8 processes (40 s), to 20
+# rounds of each kernel at the sizes of 1 and 8 GPUs (60 s), to 23 steps of each optimizer and the compilation of their
+# updates (65 s), and to 15 whole steps of two programs and their compilation (120 s). The tokens are bytes: GPT-2's
+# tokeniser takes minutes for as much text, and its vocabulary is a download.
 set -uo pipefail
 folder=$(realpath -m "${1:-$(dirname "$0")/results}")
 cd "$(dirname "$0")/.." || exit

@@ -123,6 +123,7 @@ def main(words: list[str]):
     hp = override([word for word in words if "=" in word or word.startswith("@")])
     each = {name: replace(hp, direction=name) for name in dict.fromkeys([*directions, "aurora"])}
     place = train_gpt.join(0, 0, 1)
+    torch._dynamo.config.recompile_limit = 8 * len(each)  # programs, one a direction and shape: beyond it, eager
     gradients = make_gradients(hp, place.device)
     subjects = {name: ours(hp, gradients, place) for name, hp in each.items()}
     subjects[UNFUSED] = published(each["aurora"], gradients, place)

@@ -13,8 +13,8 @@ from conftest import DEVICE, MATMUL_DTYPES, needs_gpu, needs_interpreter
 import aurora
 from aurora import polar
 from kernels import newton_schulz as kernels
-from kernels.newton_schulz import (multiply_add, newton_schulz, newton_schulz_fused, newton_schulz_path,
-                                   newton_schulz_reference, symmetric_product)
+from kernels.newton_schulz import (multiply_add, newton_schulz, newton_schulz_fused, newton_schulz_op,
+                                   newton_schulz_path, newton_schulz_reference, symmetric_product)
 
 RECORD = [(2.0, -1.5, 0.5)] * 12
 
@@ -218,13 +218,21 @@ def test_a_cubic_has_no_second_product(monkeypatch):
 def test_the_path_is_the_one_named(capability, path, monkeypatch):
     """Kills: the reference run in silence on a GPU that has the kernels; fp32 in kernels made for 16 bits."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(kernels, "newton_schulz_fused", lambda X, coefficients: "Triton, Triton, cuBLAS")
+    monkeypatch.setattr(kernels, "newton_schulz_op", lambda X, coefficients: "Triton, Triton, cuBLAS")
     monkeypatch.setattr(kernels, "newton_schulz_reference", lambda X, coefficients: "reference")
     gpu = torch.device("cuda")
     assert newton_schulz_path(gpu) == path and newton_schulz_path(torch.device("cpu")) == "reference"
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         X = SimpleNamespace(device=gpu, is_cuda=True, dtype=dtype, element_size=lambda: dtype.itemsize)
         assert newton_schulz(X, RECORD) == (path if dtype.itemsize == 2 else "reference")
+
+
+def test_the_operator_is_the_kernels():
+    """Kills: coefficients that are taken in another order, a result whose shape, strides or dtype its fake gets wrong."""
+    X = torch.randn(2, 40, 24, dtype=torch.float16, device=DEVICE).mT / 40
+    numbers = [float(number) for step in CANS[:2] for number in step]
+    assert torch.equal(newton_schulz_op(X, numbers), newton_schulz_fused(X, CANS[:2]))
+    torch.library.opcheck(newton_schulz_op, (X, numbers), test_utils=("test_schema", "test_faketensor"))
 
 
 @needs_gpu
