@@ -421,9 +421,10 @@ class Aurora(torch.optim.Optimizer):
     form a stack; each rank owns an equal run of the stack, keeps the state of those matrices alone, in fp32, updates
     them in batched calls, and gathers the others' weights. The number of ranks changes no bit of the result on the
     CPU, and on GPUs nothing but what a batched product may round differently for another size of stack. On a GPU the
-    first step compiles, for each shape of a stack. Gradients are not changed. state_dict() is a collective: every rank calls it, each gets the whole, and any number of ranks can
-    load it. A parameter (K, m, n) is a stack that this rank updates whole and sends to nobody, for callers that share
-    the weights out themselves, as train_gpt.py's banks do; its state is this rank's own.
+    first step compiles, for each shape of a stack. Gradients are not changed. state_dict() is a collective: every rank
+    calls it, each gets the whole, and any number of ranks can load it. A parameter (K, m, n) is a stack that this rank
+    updates whole and sends to nobody, for callers that share the weights out themselves, as train_gpt.py's banks do;
+    its state is this rank's own.
     """
 
     def __init__(self, params, lr: float = 0.0375, weight_decay: float = 0.0, mu: float = 0.95,

@@ -154,7 +154,8 @@ def written(graph: torch.fx.GraphModule, inputs: list, **kwargs) -> Pass:
         except torch._inductor.exc.InductorError as error:
             if not isinstance(error.inner_exception, Written):
                 raise
-    return Pass([found for found in kernels if found], *sources, [(tuple(x.shape), x.stride(), x.dtype) for x in inputs])
+    return Pass([found for found in kernels if found], *sources,
+                [(tuple(x.shape), x.stride(), x.dtype) for x in inputs])
 
 
 def kernel(node) -> tuple[str, int] | None:
@@ -373,7 +374,8 @@ def main(words: list[str]):
     held = memory_rows(hp)
     ours, published = (row["in all"] for row in held)
     publish("graph", words, out, "In GB. Written for sm_90, not compiled, not run.",
-            f"## Moved by a micro-batch of {few} x {hp.sequence_length} tokens", in_gb(rows(replace(hp, micro_batch=few))),
+            f"## Moved by a micro-batch of {few} x {hp.sequence_length} tokens",
+            in_gb(rows(replace(hp, micro_batch=few))),
             f"## Held by a micro-batch of {hp.micro_batch} x {hp.sequence_length} tokens", in_gb(held),
             f"The fused program holds {ours / published:.2f} of what the published one does (aim: 0.5).",
             f"## The update of a stack, beside Newton-Schulz: direction {hp.direction}",

@@ -59,7 +59,7 @@ MODEL_LAUNCH = 5e-6  # seconds a kernel of the model, which no graph replays; as
 PROTOCOLS = ((3.6, 0.47, 2.7, 1 / 4), (10.0, 1.9, 4.0, 0.92), (8.4, 3.4, 9.6, 1.0))
 
 # Of an update, beside Newton-Schulz: fp32 passes over a matrix, and kernels; contra's power iteration is 11 of the
-# passes. Published: estimated from the formulas; its Muon and NorMuon have no contra. Fused: what bench/graph.py counts,
+# passes. Published: estimated from the formulas; its Muon and NorMuon have no contra. Fused: counted by bench/graph.py,
 # the most over the shapes.
 TAIL = {("published", "muon"): (12, 8), ("published", "normuon"): (20, 16), ("published", "aurora"): (45, 70),
         ("fused", "muon"): (26, 36), ("fused", "normuon"): (31, 41), ("fused", "aurora"): (28, 40)}

@@ -25,7 +25,7 @@ def needs_fp32(x: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b with W (out, in) and b (out) cast to the dtype of x (..., in), accumulated in fp32, rounded once."""
-    weight, bias = weight.type_as(x), None if bias is None else bias.type_as(x)
+    parameters = [p.type_as(x) for p in (weight, bias) if p is not None]
     if needs_fp32(x):
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).type_as(x)
-    return F.linear(x, weight, bias)
+        return F.linear(x.float(), *(p.float() for p in parameters)).type_as(x)
+    return F.linear(x, *parameters)

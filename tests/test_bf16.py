@@ -1,10 +1,12 @@
-"""The fp32 detour of CPUs that cannot multiply bf16 matrices, against the exact answer rounded once."""
+"""Which path tensors take; and the fp32 detour of CPUs that cannot multiply bf16 matrices, against the exact answer
+rounded once."""
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import bf16
+from kernels import bf16, mlp, norm, qkv
 from kernels.cross_entropy import head_loss
 from kernels.mlp import relu2_mlp
 from kernels.newton_schulz import newton_schulz
@@ -67,3 +69,22 @@ def test_the_mlp_and_the_head_take_the_detour(cpu):
         head_loss(relu2_mlp(x, W, b, V), W, b, torch.arange(5)).backward()
     used = torch.bfloat16 if bf16.CPU_MULTIPLIES_BF16 else torch.float32
     assert products.dtypes == [used] * 18  # three products each, and the gradients of their two operands
+
+
+@pytest.mark.parametrize("capability, kernels", [((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)])
+@pytest.mark.parametrize("module, function, path, inputs", [
+    (mlp, "relu2_mlp", mlp.mlp_path, 4), (norm, "prenorm", norm.norm_path, 3), (qkv, "qkv_heads", qkv.qkv_path, 6)])
+def test_dispatch(module, function, path, inputs, capability, kernels, monkeypatch):
+    """Kills: a GPU that takes the plain path without a word, an older one that is sent to the kernels, a log that says
+    otherwise. Nothing is computed."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    called = []
+    for name in (f"fused_{function}", f"{function}_reference"):
+        monkeypatch.setattr(module, name, lambda *operands, name=name: called.append(name))
+    dispatcher = getattr(module, function)
+    with FakeTensorMode():
+        dispatcher(*[torch.empty(2, device="cuda")] * inputs)
+    dispatcher(*[torch.empty(2)] * inputs)
+    assert called == [f"fused_{function}" if kernels else f"{function}_reference", f"{function}_reference"]
+    assert path(torch.device("cuda")).startswith("Triton kernel" if kernels else "plain PyTorch")
+    assert path(torch.device("cpu")) == "plain PyTorch"

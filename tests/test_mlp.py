@@ -10,10 +10,8 @@ import math
 import pytest
 import torch
 from conftest import DEVICE, MATMUL_DTYPES
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import mlp
-from kernels.mlp import fused_relu2_mlp, mlp_path, relu2_dpre, relu2_mlp, relu2_mlp_reference, relu2_up
+from kernels.mlp import fused_relu2_mlp, relu2_dpre, relu2_mlp_reference, relu2_up
 
 SIZES = [(1, 1, 1), (200, 300, 100), (1100, 257, 130)]  # rows, neurons, width: 9 rows of tiles are more than a group
 
@@ -134,17 +132,3 @@ def test_one_graph():
     checks = dict(test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(relu2_up, (x[0], fc_weight, fc_bias), **checks)
     torch.library.opcheck(relu2_dpre, (x[0], proj_weight, x.new_ones(20, 40)), **checks)
-
-
-@pytest.mark.parametrize("capability, kernels", [((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)])
-def test_dispatch(capability, kernels, monkeypatch):
-    """Kills: a GPU that takes the plain path without a word, an older one that is sent to the kernels, a log that says
-    otherwise. Nothing is computed: the tensors are fake."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    called = []
-    monkeypatch.setattr(mlp, "fused_relu2_mlp", lambda *inputs: called.append(inputs))
-    with FakeTensorMode():
-        relu2_mlp(*(torch.empty(shape, device="cuda") for shape in ((3, 8), (32, 8), (32,), (8, 32))))
-    assert bool(called) == kernels
-    assert mlp_path(torch.device("cuda")) == ("Triton kernels" if kernels else "plain PyTorch")
-    assert mlp_path(torch.device("cpu")) == "plain PyTorch"

@@ -228,7 +228,7 @@ def test_the_path_is_the_one_named(capability, path, monkeypatch):
 
 
 def test_the_operator_is_the_kernels():
-    """Kills: coefficients that are taken in another order, a result whose shape, strides or dtype its fake gets wrong."""
+    """Kills: coefficients taken in another order, a result whose shape, strides or dtype its fake gets wrong."""
     X = torch.randn(2, 40, 24, dtype=torch.float16, device=DEVICE).mT / 40
     numbers = [float(number) for step in CANS[:2] for number in step]
     assert torch.equal(newton_schulz_op(X, numbers), newton_schulz_fused(X, CANS[:2]))

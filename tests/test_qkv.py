@@ -6,11 +6,9 @@ import math
 import pytest
 import torch
 from conftest import DEVICE, MATMUL_DTYPES, needs_gpu
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import qkv
-from kernels.qkv import (dqkv_op, fused_qkv_heads, norm_and_rotate_op, qkv_heads, qkv_heads_reference,
-                         qkv_path)
+from kernels.qkv import dqkv_op, fused_qkv_heads, norm_and_rotate_op, qkv_heads_reference
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=needs_gpu)]
 SIZES = [(1, 1, 1, 4), (2, 300, 3, 24), (3, 100, 2, 128)]  # B, T, H, K: 600 tokens end within a program and a block
@@ -143,18 +141,3 @@ def test_one_graph():
     checks = dict(test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(norm_and_rotate_op, (qk, cos, sin), **checks)
     torch.library.opcheck(dqkv_op, (*gradients, qk, norm_and_rotate_op(qk, cos, sin), cos, sin), **checks)
-
-
-@pytest.mark.parametrize("capability, kernels", [((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)])
-def test_dispatch(capability, kernels, monkeypatch):
-    """Kills: a GPU that takes the plain path without a word, an older one that is sent to the kernel, a log that says
-    otherwise. Nothing is computed: the tensors are fake."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    called = []
-    monkeypatch.setattr(qkv, "fused_qkv_heads", lambda *inputs: called.append(inputs))
-    monkeypatch.setattr(qkv, "qkv_heads_reference", lambda *inputs: None)
-    with FakeTensorMode():
-        qkv_heads(torch.empty(1, 3, 8, device="cuda"), *[None] * 5)
-    assert bool(called) == kernels
-    assert qkv_path(torch.device("cuda")) == ("Triton kernel" if kernels else "plain PyTorch")
-    assert qkv_path(torch.device("cpu")) == "plain PyTorch"
