@@ -294,11 +294,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = qkv_heads(x, self.qkv.weight, self.qkv.bias, *rotary, self.head_dim)  # (B, H, T, K)
         y = F.scaled_dot_product_attention(q, k, v, scale=0.12, is_causal=True)
-        return linear(y.transpose(1, 2).flatten(2), self.proj.weight)  # its bias: Block
+        return linear(y.transpose(1, 2).flatten(2), self.proj.weight)
 
 
 class MLP(nn.Module):
-    """relu2: proj(relu(fc x)^2). swiglu: proj(silu(gate x) * fc x)."""
+    """relu2: proj(relu(fc x)^2). swiglu: proj(silu(gate x) * fc x). Without the bias of proj, as Attention."""
 
     def __init__(self, dim: int, mlp_dim: int, activation: str):
         super().__init__()
@@ -313,6 +313,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """x -> x + b + f(norm(x)), f attention and then the MLP, b the bias of its last product (see kernels/norm.py)."""
+
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(hp.model_dim), RMSNorm(hp.model_dim)
@@ -655,7 +657,8 @@ def facts(hp: Hyperparameters, place: Place, shards: dict[str, int], source: str
     lines += [f"attention: {place.attention}", f"newton_schulz: {newton_schulz_path(place.device)}",
               f"norm: {norm_path(place.device)}", f"qkv: {qkv_path(place.device)}",
               f"mlp: {mlp_path(place.device) if hp.activation == 'relu2' else 'plain PyTorch'}",
-              f"cross_entropy: {cross_entropy_path(place.device)}"]
+              f"cross_entropy: {cross_entropy_path(place.device)}",
+              f"update: {'compiled, ' * (hp.direction != 'adamw') + 'a CUDA graph a bank' if gpu else 'eager'}"]
     dirty = output_of("git", "-C", str(HERE), "status", "--porcelain", "--untracked-files=no")
     lines += [f"commit: {output_of('git', '-C', str(HERE), 'rev-parse', 'HEAD') or 'none'}{' (dirty)' * bool(dirty)}",
               f"source_sha256: {source_sha256(source)}",

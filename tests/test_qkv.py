@@ -66,7 +66,6 @@ def test_gradient(B, T, H, K, dtype, poisoned):
     """Kills: a rotation that turns on, the two halves exchanged, a norm that is not differentiated, an angle of the
     token's place in the batch, q's gradient given to k, one tensor's strides taken for another's, tokens, heads or
     columns that are skipped or read beyond the edge, an intermediate that is not rounded where autograd rounds it."""
-
     product, (cos, sin) = normal(B, T, 3 * H * K, dtype=dtype), angles(T, K)
     gradients = [by_token(B, T, H, K, dtype, 1), among_nan(B, H, T, K, dtype=dtype, seed=2),
                  normal(B, H, T, K, dtype=dtype, seed=3)]
