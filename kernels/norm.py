@@ -65,9 +65,7 @@ def gradient_of_prenorm(g: Tensor, dh: Tensor, x: Tensor, gains: Tensor) -> tupl
     return dx, sums.sum(0).type_as(x)
 
 
-@torch.library.custom_op("kernels::dprenorm", mutates_args=())
-def dprenorm_op(g: Tensor, dh: Tensor, x: Tensor, gains: Tensor) -> tuple[Tensor, Tensor]:
-    return gradient_of_prenorm(g, dh, x, gains)
+dprenorm_op = torch.library.custom_op("kernels::dprenorm", gradient_of_prenorm, mutates_args=())
 
 
 @dprenorm_op.register_fake

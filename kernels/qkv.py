@@ -139,9 +139,7 @@ def gradient_of_qkv(dq: Tensor, dk: Tensor, dv: Tensor, qk: Tensor, inverse_rms:
     return dqkv, sums.sum(0).type_as(dqkv)
 
 
-@torch.library.custom_op("kernels::norm_and_rotate_", mutates_args=("qk",))
-def norm_and_rotate_op(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return norm_and_rotate_(qk, cos, sin)
+norm_and_rotate_op = torch.library.custom_op("kernels::norm_and_rotate_", norm_and_rotate_, mutates_args=("qk",))
 
 
 @norm_and_rotate_op.register_fake
@@ -149,10 +147,7 @@ def _norm_and_rotate_shape(qk, cos, sin):
     return qk.new_empty(qk.shape[:4], dtype=torch.float32)
 
 
-@torch.library.custom_op("kernels::dqkv", mutates_args=())
-def dqkv_op(dq: Tensor, dk: Tensor, dv: Tensor, qk: Tensor, inverse_rms: Tensor,
-            cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return gradient_of_qkv(dq, dk, dv, qk, inverse_rms, cos, sin)
+dqkv_op = torch.library.custom_op("kernels::dqkv", gradient_of_qkv, mutates_args=())
 
 
 @dqkv_op.register_fake

@@ -8,10 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-
-import aurora
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import aurora
 from aurora import DIRECTIONS, QUINTIC_5, Aurora, advance_, contra, polar, update_weight_floor
 
 SQUARE, TALL, WIDE = (24, 24), (48, 16), (16, 40)
