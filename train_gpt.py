@@ -359,20 +359,29 @@ class GPT(nn.Module):
 reduce_scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
 
 
-def replayed(update: Callable[[], None], pool) -> Callable[[], None]:
-    """`update` as one CUDA graph, into the pool of memory, from its second call on: its hundreds of launches become
-    one. The first call allocates the state that it keeps and compiles its kernels."""
-    def calls():
-        update()
-        yield
-        graph = torch.cuda.CUDAGraph()
-        # NCCL's watchdog makes calls of its own meanwhile, from its thread
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+class Replayed:
+    """Runs an update as one CUDA graph: one launch in place of hundreds.
+
+    The first call runs the update as it is: it allocates the state and compiles the kernels. The second captures the
+    update, in the pool of memory that all graphs share, and every call from then on replays what was captured. The
+    update is handed in at each call, not kept: a Bank that kept itself alive would outlive its trial, with its GBs.
+    """
+
+    def __init__(self, pool):
+        self.pool, self.graph, self.called = pool, None, False
+
+    def __call__(self, update: Callable[[], None]):
+        if not self.called:
+            self.called = True
             update()
-        while True:
-            graph.replay()
-            yield
-    return partial(next, calls())
+            return
+        if self.graph is None:
+            graph = torch.cuda.CUDAGraph()
+            # NCCL's watchdog makes calls of its own meanwhile, from its thread
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                update()
+            self.graph = graph
+        self.graph.replay()
 
 
 class Bank:
@@ -404,7 +413,7 @@ class Bank:
         self.group, = self.optimizer.param_groups
         self.lr = self.group["lr"]
         self.group["lr"] = torch.tensor(self.lr, device=place.device)  # a CUDA graph reads it at each replay
-        self.update = replayed(self._update, pool) if place.device.type == "cuda" else self._update
+        self.run = Replayed(pool) if place.device.type == "cuda" else lambda update: update()
 
     def views(self, slots: Tensor) -> list[Tensor]:
         """A tensor of slots as tensors of the parameters' shapes."""
@@ -421,6 +430,9 @@ class Bank:
         self.group["lr"].fill_(self.lr * factor)
         self.update()
         self.send(all_gather, self.weights, self.weights[self.mine])
+
+    def update(self):
+        self.run(self._update)
 
     @torch.no_grad()
     def _update(self):
@@ -956,6 +968,8 @@ class Checkpoints:
                 self.log.line(f"stopped: by a signal at step {step}")
         if stop:
             self.writer.wait()
+            # NCCL's sends only queue, and torchrun ends rank 0 soon after another rank has left: all leave together
+            dist.barrier()
             complain(f"stopped by a signal at step {step}; --resume logs/*.checkpoint goes on")
         trial.clock.resume()
 
@@ -1097,30 +1111,40 @@ def check_place(hp: Hyperparameters, local_rank: int, world: int):
                              f"share equally: start {fewer}, or change {name}")
 
 
-def pin_attention(device: torch.device) -> str:
-    """Allow the fastest attention of this card alone, so that no other is taken in silence. Returns its name.
+def fastest_attention(capability: tuple[int, int], head_dim: int, cudnn: int, cuda: tuple[int, ...]) -> str:
+    """The backend of scaled_dot_product_attention to use on a card, of those that take heads of this size there.
 
     On H100 and B200 that is cuDNN's, as PyTorch itself prefers there (arXiv 2407.08608 has figures), from the versions
-    on that are right: cuDNN 9.15.1, CUDA 12.9 (pytorch #169849, #171627).
+    on that are right: cuDNN 9.15.1, CUDA 12.9 (pytorch #169849, #171627). Which sizes PyTorch hands to a backend stands
+    in its sdp_utils.cpp; for flash attention it pads them to a multiple of 8.
     """
+    if (capability in ((9, 0), (10, 0)) and cudnn > 91500 and cuda >= (12, 9)
+            and head_dim <= 128 and head_dim % 8 == 0):
+        return "cudnn"
+    if capability >= (8, 0) and head_dim <= 256:
+        return "flash"
+    return "mem_efficient" if head_dim % 8 == 0 else "math"
+
+
+def pin_attention(device: torch.device, head_dim: int) -> str:
+    """Allow the fastest attention of this card alone, so that no other is taken in silence. Returns its name."""
     if device.type == "cpu":
         return "PyTorch"
-    capability = torch.cuda.get_device_capability(device)
-    fastest = "flash" if capability >= (8, 0) else "mem_efficient"
     cuda = tuple(map(int, torch.version.cuda.split(".")))
-    if capability in ((9, 0), (10, 0)) and torch.backends.cudnn.version() > 91500 and cuda >= (12, 9):
-        fastest = "cudnn"
+    fastest = fastest_attention(torch.cuda.get_device_capability(device), head_dim, torch.backends.cudnn.version(), cuda)
     for name in ("cudnn", "flash", "mem_efficient", "math"):
         getattr(torch.backends.cuda, f"enable_{name}_sdp")(name == fastest)
     return fastest
 
 
-def join(rank: int, local_rank: int, world: int) -> Place:
+def join(rank: int, local_rank: int, world: int, head_dim: int) -> Place:
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
-    place = Place(rank, world, device, pin_attention(device))
+    place = Place(rank, world, device, pin_attention(device, head_dim))
     if gpus:
         torch.cuda.set_device(place.device)
+    # by default cuBLAS may add the parts of a long product, such as a weight's gradient over 65,536 tokens, in bf16
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     dist.init_process_group("nccl" if gpus else "gloo", store=dist.HashStore() if world == 1 else None,
                             rank=rank, world_size=world, device_id=place.device if gpus else None)
     return place
@@ -1218,7 +1242,7 @@ def main(argv: list[str]):
     except (OSError, ValueError) as error:
         complain(error)
 
-    place = join(rank, local_rank, world)
+    place = join(rank, local_rank, world, hp.head_dim)
     try:
         failed = run(args, hp, state, place, shards, val_shards)
     except torch.OutOfMemoryError:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aurora import DIRECTIONS, Aurora
-from train_gpt import GPT, Place, fill, initial_weights, make_banks, override, replayed, update
+from train_gpt import GPT, Place, Replayed, fill, initial_weights, make_banks, override, update
 
 CPU = torch.device("cpu")
 # 3 blocks: 12 squares, 3 tall and 3 wide matrices; of the tall ones 4 ranks own 1, 1, 1 and none
@@ -133,7 +133,7 @@ def test_sums_of_vectors_fit_their_bank(alone):
 
 
 class Graph:
-    """A CUDA graph's part in what `replayed` does: what is recorded does not run until it is replayed."""
+    """A CUDA graph's part in what Replayed does: what is recorded does not run until it is replayed."""
 
     def __init__(self):
         self.replays = 0
@@ -154,9 +154,9 @@ def test_replayed_runs_once_and_then_replays(monkeypatch):
         yield
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    step = replayed(lambda: calls.append(len(graphs)), "pool")
+    run = Replayed("pool")
     for _ in range(4):
-        step()
+        run(lambda: calls.append(len(graphs)))
     assert calls == [0, 1] and [g.replays for g in graphs] == [3] and pools == ["pool"]
 
 

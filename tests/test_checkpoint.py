@@ -107,6 +107,17 @@ def test_a_signal_stops_at_the_next_step(number, words, whole, tmp_path):
     assert "stopped" not in log.read_text().split("=" * 100)[2]
 
 
+def test_all_ranks_leave_together(quick, tmp_path, monkeypatch):
+    """Kills: a rank that leaves while rank 0 still receives or writes: torchrun would soon end rank 0 as well."""
+    events, barrier = [], train_gpt.dist.barrier
+    monkeypatch.setattr("checkpoint.write_checkpoint", lambda *_: events.append("written"))
+    monkeypatch.setattr(train_gpt.dist, "barrier", lambda: (events.append("all ranks are here"), barrier()))
+    monkeypatch.setattr(train_gpt, "record_neurons", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        train(tmp_path, [*quick, "--checkpoint-every", "100", "--neurons", "5"])
+    assert events[-2:] == ["written", "all ranks are here"]
+
+
 def test_a_signal_may_ask_for_a_checkpoint_alone(quick, tmp_path, monkeypatch):
     """Kills: a run that ends of SIGUSR1, or does not heed it."""
     saved = []

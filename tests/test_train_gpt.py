@@ -1,8 +1,11 @@
 """The parts of the trainer: recipe, data, model, schedule, source of the log."""
 
 import ast
+import gc
 import math
 import runpy
+import weakref
+from contextlib import nullcontext
 from dataclasses import FrozenInstanceError
 from functools import partial
 from types import SimpleNamespace
@@ -11,7 +14,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, one_process, write_shard
+from conftest import ROOT, one_process, train, write_shard
 
 import train_gpt
 from kernels.cross_entropy import fused_head_loss
@@ -403,3 +406,66 @@ def test_rendered_source_is_the_run(run_source):
         "train_files: str = 'x/*.bin'", "matrix_lr: float = 0.02", "direction: str = 'muon'", "train_steps: int = 100"]
     namespace = run_source(rendered)
     assert vars(namespace["Hyperparameters"]()) == vars(hp)
+
+
+@pytest.mark.parametrize("capability, head_dim, versions, backend", [
+    ((9, 0), 128, (92000, (13, 0)), "cudnn"), ((10, 0), 64, (91501, (12, 9)), "cudnn"),
+    ((9, 0), 128, (91500, (13, 0)), "flash"), ((9, 0), 128, (92000, (12, 8)), "flash"),
+    ((8, 0), 128, (92000, (13, 0)), "flash"), ((12, 0), 128, (92000, (13, 0)), "flash"),
+    ((9, 0), 256, (92000, (13, 0)), "flash"), ((9, 0), 12, (92000, (13, 0)), "flash"),
+    ((9, 0), 264, (92000, (13, 0)), "mem_efficient"), ((7, 5), 64, (92000, (13, 0)), "mem_efficient"),
+    ((9, 0), 260, (92000, (13, 0)), "math"), ((7, 5), 20, (92000, (13, 0)), "math")])
+def test_the_attention_of_a_card(capability, head_dim, versions, backend):
+    """Kills: heads of a size that the pinned backend does not take, so that the model fails as it compiles; a version
+    of cuDNN that is wrong; an older card pinned to what it has not."""
+    assert train_gpt.fastest_attention(capability, head_dim, *versions) == backend
+
+
+def test_one_backend_of_attention_is_allowed(monkeypatch):
+    """Kills: a backend that stays allowed beside the one that the log names; the size of the heads not asked for."""
+    allowed = {}
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92000)
+    for name in ("cudnn", "flash", "mem_efficient", "math"):
+        monkeypatch.setattr(torch.backends.cuda, f"enable_{name}_sdp", partial(allowed.__setitem__, name))
+    for head_dim, fastest in ((128, "cudnn"), (192, "flash")):
+        assert train_gpt.pin_attention(torch.device("cuda", 0), head_dim) == fastest
+        assert allowed == {name: name == fastest for name in ("cudnn", "flash", "mem_efficient", "math")}
+    assert train_gpt.pin_attention(CPU, 128) == "PyTorch"
+
+
+def test_products_are_summed_in_fp32(quick, tmp_path, monkeypatch):
+    """Kills: cuBLAS's default, by which the parts of a long product may be added in bf16."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    try:
+        matmul.allow_bf16_reduced_precision_reduction = True
+        train(tmp_path, [*quick, "train_steps=1"])
+        assert not matmul.allow_bf16_reduced_precision_reduction
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
+
+
+def test_a_finished_trial_leaves_no_bank(quick, tmp_path, monkeypatch):
+    """Kills: a bank that refers to itself. It would live on, with a trial's weights, gradients and states, until Python
+    looks for such circles, which in a run it may never do."""
+    alive, begun, make_banks = [], [], train_gpt.make_banks
+
+    def counted(model, hp, place):
+        begun.append(sum(bank() is not None for bank in alive))
+        banks = make_banks(model, hp, place)
+        for bank in banks:
+            bank.run = train_gpt.Replayed("pool")
+        alive.extend(map(weakref.ref, banks))
+        return banks
+    monkeypatch.setattr(train_gpt, "make_banks", counted)
+    # a graph that replays nothing: only who refers to whom matters here
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **settings: nullcontext())
+    gc.disable()
+    try:
+        train(tmp_path, [*quick, "--trials", "3"])
+    finally:
+        gc.enable()
+    assert len(alive) == 18 and begun == [0, 0, 0]
