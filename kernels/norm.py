@@ -58,9 +58,10 @@ def gradient_of_prenorm(g: Tensor, dh: Tensor, x: Tensor, gains: Tensor) -> tupl
     g, dh, x = (t.contiguous() for t in (g, dh, x))
     D, rows = x.size(-1), 64
     M, width = x.numel() // D, triton.next_power_of_2(D)
+    block = min(rows, max(1, 2048 // width))  # more rows would be the next program's too
     dx = torch.empty_like(x)
     sums = x.new_empty(triton.cdiv(M, rows), 2, D, dtype=torch.float32)
-    dprenorm_kernel[(len(sums),)](g, dh, x, gains, dx, sums, M, D, EPSILON, width, max(1, 2048 // width), rows,
+    dprenorm_kernel[(len(sums),)](g, dh, x, gains, dx, sums, M, D, EPSILON, width, block, rows,
                                   num_warps=max(4, width // 512))  # 16 numbers of a tile a thread
     return dx, sums.sum(0).type_as(x)
 

@@ -1,8 +1,7 @@
-"""A small corpus and a small run, shared by the tests of the trainer; and where kernels run.
+"""A small corpus and a small run, shared by the tests of the trainer.
 
-Triton decides when it is imported whether kernels are compiled or interpreted: with a GPU the tests run them there,
-without one on CPU tensors in the interpreter. Tests of kernels put their tensors on DEVICE; those of kernels that
-multiply matrices take their dtypes from MATMUL_DTYPES.
+Tests of kernels put their tensors on DEVICE; those of kernels that multiply matrices take their dtypes from
+MATMUL_DTYPES.
 """
 
 import contextlib
@@ -16,16 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-if DEVICE.type == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
-needs_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
-needs_interpreter = pytest.mark.skipif(DEVICE.type == "cuda", reason="needs the interpreter")
-# the interpreter multiplies bf16 as if its bits were integers; on a GPU fp32 is cuBLAS's
-MATMUL_DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=needs_gpu),
-                 pytest.param(torch.float32, marks=needs_interpreter)]
+from tests.interpreter import DEVICE  # isort: skip, before Triton is imported
 
-import train_gpt  # after Triton has been told
+import train_gpt
+
+# on a GPU fp32 products are cuBLAS's
+needs_interpreter = pytest.mark.skipif(DEVICE.type == "cuda", reason="needs Triton's interpreter")
+MATMUL_DTYPES = [torch.float16, torch.bfloat16, pytest.param(torch.float32, marks=needs_interpreter)]
 
 ROOT = Path(__file__).resolve().parent.parent
 EOT = 50256

@@ -1,8 +1,11 @@
-"""Which path tensors take; and the fp32 detour of CPUs that cannot multiply bf16 matrices, against the exact answer
-rounded once."""
+"""What bf16 means in a kernel, interpreted too; which path tensors take; and the fp32 detour of CPUs that cannot multiply
+bf16 matrices, against the exact answer rounded once."""
 
 import pytest
 import torch
+import triton
+import triton.language as tl
+from conftest import DEVICE
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -10,6 +13,53 @@ from kernels import bf16, mlp, norm, qkv
 from kernels.cross_entropy import head_loss
 from kernels.mlp import relu2_mlp
 from kernels.newton_schulz import newton_schulz
+
+
+@triton.jit
+def cast_kernel(x, y, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i).to(y.dtype.element_ty))
+
+
+def cast_by_a_kernel(x, dtype):
+    y = torch.empty_like(x, dtype=dtype, device=DEVICE)
+    cast_kernel[(len(x) // 4096,)](x.to(DEVICE), y, BLOCK=4096)
+    return y.cpu()
+
+
+def test_a_kernel_rounds_to_bf16_as_torch_does():
+    """Kills: a cast that cuts off, takes a tie up or away from zero, loses a carry into the exponent, an infinity, a NaN
+    or a denormal. All upper halves of an fp32 number, with the lower halves around none, a half and one of bf16's unit.
+    """
+    high = torch.arange(2**16).repeat(6)
+    low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF]).repeat_interleave(2**16)
+    x = (high * 2**16 + low).to(torch.uint32).view(torch.float32)
+    ours = cast_by_a_kernel(x, torch.bfloat16)
+    nearest = high + ((low > 0x8000) | (low == 0x8000) & (high % 2 == 1))
+    number = ~x.isnan()
+    assert torch.equal(ours.view(torch.uint16)[number].long(), nearest[number]) and ours[~number].isnan().all()
+    assert torch.equal(ours[number], x.bfloat16()[number])
+
+
+def test_a_kernel_widens_bf16_exactly():
+    """Kills: the bits of bf16 taken for an integer, a denormal that is lost."""
+    x = torch.arange(2**16).to(torch.uint16).view(torch.bfloat16)
+    assert torch.equal(cast_by_a_kernel(x, torch.float32).nan_to_num(7), x.float().nan_to_num(7))
+
+
+@triton.jit
+def dot_kernel(a, b, c):
+    i = tl.arange(0, 16)
+    here = 16 * i[:, None] + i[None, :]
+    tl.store(c + here, tl.dot(tl.load(a + here), tl.load(b + here), tl.load(c + here)))
+
+
+def test_a_kernel_multiplies_bf16():
+    """Kills: a product of the bits, of what was rounded before, a sum in bf16. Operands of few bits: it is exact."""
+    a, b, c = torch.randint(-127, 128, (3, 16, 16), generator=torch.Generator().manual_seed(0))
+    ours = c.to(DEVICE, torch.float32)
+    dot_kernel[(1,)](*((t / 8).to(DEVICE, torch.bfloat16) for t in (a, b)), ours)
+    assert torch.equal(ours.cpu().double(), a.double() @ b.double() / 64 + c)
 
 
 @pytest.fixture(params=[True, False], ids=["native", "detour"])

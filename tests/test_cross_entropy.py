@@ -1,7 +1,7 @@
 """Loss and gradients of the head, in row blocks and in kernels, against autograd in float64.
 
-The kernels run where conftest.py says, in its dtypes: no product is in them, but the interpreter truncates to bf16
-instead of rounding. A kernel's error is at most twice that of PyTorch in the same dtype.
+The kernels run where interpreter.py says, in conftest.py's dtypes. A kernel's error is at most twice that of PyTorch in
+the same dtype.
 """
 
 import math
@@ -23,7 +23,6 @@ from kernels.cross_entropy import (ROWS, cross_entropy_path, fused_head_loss, he
                                    head_loss_reference, losses_of_rows, rows_at_once, softcapped_cross_entropy_,
                                    softcapped_cross_entropy_reference, to_gradient_)
 from train_gpt import flatten
-
 
 
 def exact(logits, targets):
@@ -72,7 +71,7 @@ def test_validation_leaves_the_logits_alone():
 
 
 @pytest.mark.parametrize("dtype", MATMUL_DTYPES)
-@pytest.mark.parametrize("tokens, vocabulary", [(40, 4500), (1030, 515)])
+@pytest.mark.parametrize("tokens, vocabulary", [(40, 4500), (1030, 30)])
 def test_kernels(tokens, vocabulary, dtype, poisoned):
     """Kills: a last block of rows or columns that is skipped, read beyond its edge or written there, a dropped
     derivative of the softcap, a target in the wrong row, column sums that miss the last rows or take the unrounded

@@ -230,7 +230,7 @@ def test_logits_are_those_of_a_model_written_in_float64(model):
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """What a GPU runs, interpreted. The interpreter cannot multiply bf16: the model has to be in fp32."""
+    """What a GPU runs, interpreted."""
     monkeypatch.setattr(train_gpt, "head_loss", partial(fused_head_loss, rows=40))
     monkeypatch.setattr(train_gpt, "relu2_mlp", fused_relu2_mlp)
     monkeypatch.setattr(train_gpt, "qkv_heads", fused_qkv_heads)
@@ -239,7 +239,6 @@ def kernels(monkeypatch):
 
 def test_the_model_is_one_graph(model, kernels):
     """Kills: a construct that torch.compile cannot trace: on a GPU it would break the graph, quietly and slowly."""
-    model.float()
     inputs = torch.randint(400, (2, 32), generator=torch.Generator().manual_seed(4))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
     assert compiled(inputs, inputs).item() == model(inputs, inputs).item()
