@@ -30,10 +30,11 @@ if [ "${1-}" = test ]; then
     exec .venv/bin/python -m pytest "${@:2}"
 fi
 
-gpus=0
-if [ "${CUDA_VISIBLE_DEVICES-all}" ] && nvidia-smi -L 2>/dev/null | grep -q GPU; then
+gpus=$(.venv/bin/python -c 'from records import doctor; print(len(doctor.find_gpus()[0]))')
+if [ "$gpus" != 0 ]; then
     gpus=$(.venv/bin/python -c 'import torch; torch.zeros(1, device="cuda"); print(torch.cuda.device_count())' 2>/dev/null) ||
-        die "nvidia-smi sees GPUs, PyTorch cannot use them: update the driver, or hide them with CUDA_VISIBLE_DEVICES="
+        die "PyTorch cannot use the GPUs that nvidia-smi lists: .venv/bin/python -m records doctor may say why;" \
+            "CUDA_VISIBLE_DEVICES= trains on the CPU"
 fi
 if [ "$gpus" = 0 ]; then
     case " $* " in *" --resume "* | *" --fork-from "*) ;; *) set -- @tiny "$@" ;; esac  # they have a recipe

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,10 @@ STATE_BYTES = 12  # of a checkpoint, a parameter at most: fp32, and two moments
 RESERVE = 2 * 2**30  # bytes of a GPU for CUDA, NCCL, workspaces and what the allocator cannot use
 IN_USE = 2**30  # bytes of a GPU that something else holds; a desktop holds less
 INSTALL = "python -m pip install -r requirements.txt"
+# {major version of CUDA: the oldest driver that runs what was built for it}, NVIDIA's "Minor Version Compatibility":
+# docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
+LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
+FIELDS = "index", "uuid", "driver_version", "mig.mode.current", "name", "compute_cap", "memory.total", "memory.used"
 # What the trainer makes of its arguments, as JSON, then its dry run
 PROBE = """
 import json, sys, train_gpt
@@ -53,9 +58,10 @@ class Finding(NamedTuple):
 class Gpu(NamedTuple):
     index: int
     name: str
+    driver: str
     capability: str
-    total: int  # bytes
-    used: int
+    total: int | None  # bytes; None: nvidia-smi does not tell
+    used: int | None
 
 
 def doctor(words: list[str], price: float | None = None) -> dict:
@@ -65,7 +71,7 @@ def doctor(words: list[str], price: float | None = None) -> dict:
     world = int(os.environ.get("WORLD_SIZE", max(1, len(gpus))))
     run, plan, complaints = dry_run(words or ([] if gpus else ["@tiny"]), world)
     parameters = int(plan.split(" ")[0].replace(",", "")) if plan else 0
-    findings += [*packages(gpus), *taken(gpus), *port()]
+    findings += [*packages(gpus), *driver(gpus), *waits(gpus), *taken(gpus), *port()]
     if plan:
         plan = "\n".join([plan, *estimate(run, plan, gpus, world, price)])
         findings += memory(run, parameters, gpus, world)
@@ -85,22 +91,76 @@ def text(result: dict) -> str:
     return "\n".join(lines if result["findings"] else [*lines, "nothing found: it can start"])
 
 
+def nvidia_smi(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["nvidia-smi", *words], capture_output=True, text=True)
+
+
+def visible(asked: str | None, uuids: list[str]) -> list[int]:
+    """The devices that a program sees under CUDA_VISIBLE_DEVICES=`asked`, in its order, as indices of `uuids`.
+
+    CUDA takes numbers, or UUIDs or beginnings of them that fit one device. It stops at the first word that is none of
+    this machine's, such as -1, and shows no device where one is named twice.
+    """
+    if asked is None:
+        return list(range(len(uuids)))
+    kind, found = asked[:4], []
+    for word in asked.split(","):
+        if kind in ("GPU-", "MIG-"):
+            fits = [i for i, uuid in enumerate(uuids) if word.startswith(kind) and uuid.startswith(word)]
+        else:
+            number = re.match(r"\s*\+?(\d+)", word)
+            fits = [int(number[1])] if number else []
+        if len(fits) != 1:
+            break
+        if fits[0] in found:
+            return []
+        found += fits
+    return list(takewhile(lambda i: i < len(uuids), found))
+
+
+def mig_devices(listing: str) -> list[tuple[str, int]]:
+    """(UUID, index of its GPU) of every part of a GPU, which `nvidia-smi -L` lists below that GPU."""
+    found, gpu = [], 0
+    for line in listing.splitlines():
+        if head := re.match(r"GPU (\d+):", line):
+            gpu = int(head[1])
+        elif part := re.search(r"UUID: (MIG-[^)]+)", line):
+            found.append((part[1], gpu))
+    return found
+
+
 def find_gpus() -> tuple[list[Gpu], list[Finding]]:
-    """Those that nvidia-smi lists and CUDA_VISIBLE_DEVICES, by number, leaves."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible == "" or not shutil.which("nvidia-smi"):
+    """Those that nvidia-smi lists and CUDA_VISIBLE_DEVICES leaves. A number counts in nvidia-smi's order, which is
+    CUDA's where the GPUs are alike."""
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if asked == "" or not shutil.which("nvidia-smi"):
         return [], []
-    query = "--query-gpu=index,name,compute_cap,memory.total,memory.used"
-    answer = subprocess.run(["nvidia-smi", query, "--format=csv,noheader,nounits"], capture_output=True, text=True)
-    if answer.returncode:
+    answer = nvidia_smi(f"--query-gpu={','.join(FIELDS)}", "--format=csv,noheader,nounits")
+    rows = [row.split(", ") for row in answer.stdout.strip().splitlines()]
+    if answer.returncode or any(len(row) != len(FIELDS) for row in rows):
         reason = (answer.stdout + answer.stderr).strip().splitlines() or ["it says nothing"]
         return [], [Finding(f"nvidia-smi fails: {reason[0]}", "the run would be on the CPU, without a word",
                             "install the driver of this GPU, or restart the machine after an update of it; "
                             "CUDA_VISIBLE_DEVICES= asks for the CPU")]
-    rows = [row.split(", ") for row in answer.stdout.strip().splitlines()]
-    gpus = [Gpu(int(index), name, capability, int(total) * 2**20, int(used) * 2**20)
-            for index, name, capability, total, used in rows]
-    return [gpu for gpu in gpus if visible is None or str(gpu.index) in visible.split(",")], []
+    gpus = []
+    for index, _, driver, mig, name, capability, *memory in rows:
+        parted = mig == "Enabled"  # a program gets a part, and the memory told is that of the whole
+        told = all(mib.isdigit() for mib in memory) and not parted
+        total, used = (int(mib) * 2**20 if told else None for mib in memory)
+        gpus.append(Gpu(int(index), name + " MIG" * parted, driver, capability, total, used))
+    if asked and asked.startswith("MIG-"):
+        parts = mig_devices(nvidia_smi("-L").stdout)
+        seen = [gpus[parts[i][1]] for i in visible(asked, [uuid for uuid, _ in parts])][:1]
+    else:
+        seen = [gpus[i] for i in visible(asked, [row[1] for row in rows])]
+    named = takewhile(lambda word: word and not word.startswith("-"), map(str.strip, (asked or "").split(",")))
+    if len(seen) < (count := len(list(named))):
+        return seen, [Finding(f"CUDA_VISIBLE_DEVICES={asked}: of {count} named a program sees {len(seen)}",
+                              "CUDA stops at the first that it does not find, takes none if one is named twice, and "
+                              "of MIG devices one",
+                              "nvidia-smi -L lists the GPUs of this machine; CUDA_VISIBLE_DEVICES= asks for the CPU",
+                              ends=not seen)]
+    return seen, []
 
 
 def version(package: str) -> str | None:
@@ -108,6 +168,13 @@ def version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def cuda_of_torch() -> str | None:
+    """The version of CUDA that the installed PyTorch was built for, if for one: torch.version.cuda, not imported."""
+    source = metadata.distribution("torch").locate_file("torch/version.py").read_text()
+    found = re.search(r"^cuda\b.*= '([\d.]+)'", source, re.MULTILINE)
+    return found and found[1]
 
 
 def pins(requirements: str) -> dict[str, str]:
@@ -129,7 +196,7 @@ def packages(gpus: list[Gpu]) -> list[Finding]:
                                     "what is known of this project is known for the pinned versions", INSTALL,
                                     ends=installed is None))
     torch = version("torch") or ""
-    if gpus and torch.endswith("+cpu"):
+    if gpus and torch and not cuda_of_torch():
         findings.append(Finding(f"torch {torch} was built without CUDA", "it cannot see the GPUs of this machine",
                                 f"python -m pip uninstall torch, then {INSTALL}"))
     bad = [gpu for gpu in gpus if gpu.capability in ("8.0", "8.6")]
@@ -139,11 +206,38 @@ def packages(gpus: list[Gpu]) -> list[Finding]:
     return findings
 
 
+def driver(gpus: list[Gpu]) -> list[Finding]:
+    """Whether it runs what PyTorch was built for. By its number; but with NVIDIA's cuda-compat package an older driver
+    may, and nvidia-smi then names the newer CUDA."""
+    cuda = cuda_of_torch() if gpus and version("torch") else None
+    if not cuda or not gpus[0].driver[:3].isdigit():
+        return []
+    major, installed = int(cuda.split(".")[0]), int(gpus[0].driver.split(".")[0])
+    least = LEAST_DRIVER.get(major, 0)
+    said = re.search(r"CUDA Version *: *(\d+)", nvidia_smi("-q").stdout) if installed < least else None
+    if installed >= least or said and int(said[1]) >= major:
+        return []
+    older = max((other for other, number in LEAST_DRIVER.items() if number <= installed), default=None)
+    mend = f"update the driver to {least} or newer"
+    if older:
+        mend += f", or install a build of torch for CUDA {older}, which this one runs (pytorch.org says how)"
+    return [Finding(f"driver {gpus[0].driver} with a torch that is built for CUDA {cuda}",
+                    f"CUDA {major} needs driver {least} or newer: PyTorch could not use the GPUs", mend)]
+
+
+def waits(gpus: list[Gpu]) -> list[Finding]:
+    """The variables that keep PyTorch's watchdog from retiring the collectives that are done."""
+    return [Finding(f"{name}={value}", "no CUDA graph is captured before all collectives are retired, which may then "
+                    "never happen: the run could hang in its second step", f"unset {name}", ends=False)
+            for name in ("TORCH_NCCL_BLOCKING_WAIT", "NCCL_BLOCKING_WAIT")
+            if gpus and (value := os.environ.get(name, "")).lower() in ("1", "y", "yes", "t", "true")]
+
+
 def taken(gpus: list[Gpu]) -> list[Finding]:
     return [Finding(f"GPU {gpu.index}: {gpu.used / 2**30:.1f} of {gpu.total / 2**30:.1f} GiB are in use",
                     "another program runs there: both would be slow, or out of memory",
                     "nvidia-smi names it; end it, or leave the GPU out with CUDA_VISIBLE_DEVICES", ends=False)
-            for gpu in gpus if gpu.used > IN_USE]
+            for gpu in gpus if gpu.total is not None and gpu.used > IN_USE]
 
 
 def step_bytes(run: dict, parameters: int, sequences: int, kernels: bool) -> int:
@@ -155,18 +249,23 @@ def step_bytes(run: dict, parameters: int, sequences: int, kernels: bool) -> int
 
 
 def memory(run: dict, parameters: int, gpus: list[Gpu], world: int) -> list[Finding]:
-    """Whether the micro-batch fits the free memory of every GPU, and which one would."""
+    """Whether the micro-batch fits the free memory of every GPU that tells of it, and which one would."""
+    silent = ", ".join(str(gpu.index) for gpu in gpus if gpu.total is None)
+    found = [Finding(f"GPU {silent}: memory not told by nvidia-smi", "whether a micro-batch fits there is not known",
+                     "if the run is out of memory, a smaller micro_batch=, which changes no result",
+                     ends=False)] if silent else []
     sequences = run["batch_tokens"] // run["sequence_length"] // world
     sizes = [n for n in range(1, min(sequences, run["micro_batch"]) + 1) if sequences % n == 0]  # as the trainer does
-    free = min((gpu.total - gpu.used for gpu in gpus), default=sys.maxsize)
-    needs = {n: step_bytes(run, parameters, n, all(float(gpu.capability) >= 8 for gpu in gpus)) for n in sizes}
+    free = min((gpu.total - gpu.used for gpu in gpus if gpu.total is not None), default=sys.maxsize)
+    kernels = all(gpu.capability[0].isdigit() and float(gpu.capability) >= 8 for gpu in gpus)  # or [N/A]
+    needs = {n: step_bytes(run, parameters, n, kernels) for n in sizes}
     fitting = [n for n in sizes if needs[n] <= free]
     if fitting == sizes:
-        return []
+        return found
     what = (f"{free / 2**30:.1f} GiB of a GPU are free, a micro-batch of {sizes[-1]} sequences may take "
             f"{needs[sizes[-1]] / 2**30:.0f} (computed, not measured)")
     mend = f"micro_batch={fitting[-1]}, which changes no result" if fitting else "use GPUs with more memory"
-    return [Finding(what, "the run would be out of memory in its first step", mend, ends=False)]
+    return [*found, Finding(what, "the run would be out of memory in its first step", mend, ends=False)]
 
 
 def estimate(run: dict, plan: str, gpus: list[Gpu], world: int, price: float | None) -> list[str]:
@@ -174,7 +273,7 @@ def estimate(run: dict, plan: str, gpus: list[Gpu], world: int, price: float | N
     from its published runs on 8; fewer take longer in proportion."""
     if not gpus:
         return []
-    if "H100 80GB HBM3" not in gpus[0].name or "not a record attempt" in plan or run["direction"] != "aurora":
+    if not gpus[0].name.endswith("H100 80GB HBM3") or "not a record attempt" in plan or run["direction"] != "aurora":
         return [f"time: no step of this run was published for {gpus[0].name}"]
     ms = statistics.median(float(row["step_avg_ms"]) for row in rows("record_17_curves.csv") if row["step_avg_ms"])
     hours = run["trials"] * run["train_steps"] * ms * 8 / world / 3.6e6

@@ -1,18 +1,22 @@
 """What the desk's doctor finds, on machines that stubs stand for, and on this one."""
 
+import itertools
 import json
 import os
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, write_shard
 
 from records import doctor
 from records.__main__ import main
 
-HEALTHY = "0, NVIDIA H100 80GB HBM3, 9.0, 81559, 4\n1, NVIDIA H100 80GB HBM3, 9.0, 81559, 4\n"
-NODE = "".join(f"{index}, NVIDIA H100 80GB HBM3, 9.0, 81559, 4\n" for index in range(8))
-SMALL = "0, NVIDIA GeForce RTX 3090, 8.6, 24576, 20\n"
+FIELDS = "index, uuid, driver_version, mig.mode.current, name, compute_cap, memory.total, memory.used"
+NODE = "".join(f"{index}, GPU-{index}a7e, 580.65.06, Disabled, NVIDIA H100 80GB HBM3, 9.0, 81559, 4\n"
+               for index in range(8))
+HEALTHY = NODE[:len(NODE) // 4]
+SMALL = "0, GPU-3090, 580.65.06, [N/A], NVIDIA GeForce RTX 3090, 8.6, 24576, 20\n"
 RECORD = dict(batch_tokens=524288, sequence_length=1024, micro_batch=64, vocab_size=50304, num_layers=12, model_dim=768,
               mlp_dim=3072, activation="relu2", direction="aurora", train_steps=3200, trials=1, checkpoints=0,
               fineweb_shards=17)  # as the trainer's defaults
@@ -20,18 +24,35 @@ RECORD = dict(batch_tokens=524288, sequence_length=1024, micro_batch=64, vocab_s
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A machine with the pinned packages, in whose nvidia-smi a test can write; the dry run is a stub."""
+    """A machine with the pinned packages, in whose nvidia-smi a test can write: the rows of FIELDS, of which it shows
+    those asked for, and what it says to -L and -q. The dry run is a stub."""
     pinned = doctor.pins((ROOT / "requirements.txt").read_text())
     monkeypatch.setattr(doctor, "version", pinned.get)
+    monkeypatch.setattr(doctor, "cuda_of_torch", lambda: pinned.get("CUDA", "13.0"))
     monkeypatch.setattr(doctor, "dry_run", lambda words, world: (
         RECORD, f"162,354,816 parameters, {words} in {world} processes", []))
-    for name in ("CUDA_VISIBLE_DEVICES", "WORLD_SIZE", "MASTER_PORT"):
+    for name in ("CUDA_VISIBLE_DEVICES", "WORLD_SIZE", "MASTER_PORT", "TORCH_NCCL_BLOCKING_WAIT", "NCCL_BLOCKING_WAIT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
 
-    def smi(rows, code=0):
-        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'END'\n{rows}END\nexit {code}\n")
+    def smi(rows, code=0, listing="", details=""):
+        (tmp_path / "nvidia-smi").write_text(f"""#!/bin/sh
+case $1 in
+    -L) cat <<'END'
+{listing}END
+    ;;
+    -q) cat <<'END'
+{details}END
+    ;;
+    *) awk -F ', ' -v fields='{FIELDS}' -v asked="${{1#*=}}" '
+        BEGIN {{ split(fields, name); for (i in name) at[name[i]] = i; n = split(asked, wanted, ",") }}
+        NF == 1 {{ print }}
+        NF > 1 {{ for (i = 1; i <= n; i++) printf "%s%s", $at[wanted[i]], i < n ? ", " : "\\n" }}' <<'END'
+{rows}END
+esac
+exit {code}
+""")
         (tmp_path / "nvidia-smi").chmod(0o755)
         return pinned
     return smi
@@ -60,28 +81,138 @@ def test_gpus_that_are_hidden(machine, monkeypatch):
     assert doctor.doctor([])["plan"].endswith(", ['@tiny'] in 1 processes") and not found()
 
 
-@pytest.mark.parametrize("rows, code, torch, what", [
+def test_visible_devices(monkeypatch):
+    """Kills: numbers with blanks, UUIDs or beginnings of them that are not known; words after one that CUDA does not
+    find; a GPU that is named twice. PyTorch's own reading is the oracle, of all lists of up to three words in which
+    "GPU-", which fits every GPU, is the last or none: it looks for words that stand there twice beyond that one."""
+    uuids = ["GPU-0a7e", "GPU-1a7e", "GPU-2a7e"]
+    words = "0", " 1", "2 ", "-1", "7", "", "1x", "x", "GPU-1a7e", "GPU-2a", "GPU-0", "GPU-"
+    for listed in (listed for count in (1, 2, 3) for listed in itertools.product(words, repeat=count)):
+        if "GPU-" not in listed[:-1]:
+            asked = ",".join(listed)
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", asked)
+            theirs = torch.cuda._parse_visible_devices()
+            if theirs and isinstance(theirs[0], str):
+                theirs = torch.cuda._transform_uuid_to_ordinals(theirs, uuids)
+            assert doctor.visible(asked, uuids) == list(itertools.takewhile(lambda i: i < 3, theirs)), asked
+    assert doctor.visible(None, uuids) == [0, 1, 2]
+
+
+LISTING = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0a7e)
+GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-1a7e)
+  MIG 3g.40gb     Device  0: (UUID: MIG-77c1)
+  MIG 3g.40gb     Device  1: (UUID: MIG-77d2)
+"""
+
+
+@pytest.mark.parametrize("asked, gpus, what", [
+    ("1", [1], None), (" 1, 0", [1, 0], None), ("GPU-1a7e", [1], None), ("GPU-1,GPU-0a", [1, 0], None),
+    ("MIG-77d2", [1], None), ("-1", [], None), ("1,-1,0", [1], None),
+    ("0,2", [0], "CUDA_VISIBLE_DEVICES=0,2: of 2 named a program sees 1"),
+    ("0,0", [], "CUDA_VISIBLE_DEVICES=0,0: of 2 named a program sees 0"),
+    ("GPU-f", [], "CUDA_VISIBLE_DEVICES=GPU-f: of 1 named a program sees 0"),
+])
+def test_gpus_that_are_named(asked, gpus, what, machine, monkeypatch):
+    """Kills: the tiny recipe for GPUs named in another way than by bare numbers; a name that fits none and is passed
+    over without a word."""
+    machine(HEALTHY, listing=LISTING)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", asked)
+    result = doctor.doctor([])
+    assert [gpu["index"] for gpu in result["gpus"]] == gpus
+    assert [f["what"] for f in result["findings"]] == ([what] if what else [])
+    assert result["verdict"] == (what is None or gpus != [])
+
+
+@pytest.mark.parametrize("old, new", [
+    ("81559, 4", "[N/A], [N/A]"), ("81559, 4", "81559, [Insufficient Permissions]"),
+    ("81559, 4", "[Not Supported], [Not Supported]"), ("9.0, 81559, 4", "[N/A], [N/A], [N/A]"),
+    ("Disabled", "Enabled")])
+def test_memory_that_is_not_told(old, new, machine):
+    """Kills: a ValueError; a micro-batch that is judged by a memory that nobody told, or by that of the whole GPU where
+    a program gets a part; a GPU that tells of its memory and is judged no more."""
+    machine(HEALTHY.replace(old, new))
+    result = doctor.doctor([])
+    assert [f["what"] for f in result["findings"]] == ["GPU 0, 1: memory not told by nvidia-smi"] and result["verdict"]
+    assert [gpu["total"] for gpu in result["gpus"]] == [None, None]
+    if new == "Enabled":
+        assert "no step of this run was published for NVIDIA H100 80GB HBM3 MIG" in result["plan"]
+    first, second = HEALTHY.splitlines(keepends=True)
+    machine(first.replace(old, new) + second.replace(", 4\n", ", 65000\n"))
+    assert "GPU 0: memory not told by nvidia-smi" in found() and "GPU 1: 63.5 of 79.6 GiB are in use" in found()
+    assert any(what.startswith("16.2 GiB of a GPU are free") for what in found())
+
+
+@pytest.mark.parametrize("rows, code, version, what", [
     (HEALTHY.replace(", 4\n", ", 40000\n", 1), 0, None, "GPU 0: 39.1 of 79.6 GiB are in use"),
     ("Failed to initialize NVML: Driver/library version mismatch\n", 18, None,
      "nvidia-smi fails: Failed to initialize NVML: Driver/library version mismatch"),
     (HEALTHY.replace("9.0", "8.0"), 0, "2.10.0", "torch 2.10.0 with NVIDIA H100 80GB HBM3 (sm_80)"),
     (HEALTHY.replace("9.0", "8.6"), 0, "2.10.1+cu129", "torch 2.10.1+cu129 with NVIDIA H100 80GB HBM3 (sm_86)"),
-    (HEALTHY, 0, "2.13.0+cpu", "torch 2.13.0+cpu was built without CUDA"),
     (HEALTHY, 0, "2.12.0", "torch 2.12.0, pinned is 2.13.0"),
 ])
-def test_what_is_wrong_with_a_machine(rows, code, torch, what, machine):
+def test_what_is_wrong_with_a_machine(rows, code, version, what, machine):
     """Kills: a GPU that is taken, a driver that is broken, a package that is another, each of which is passed over."""
     pinned = machine(rows, code)
-    if torch:
-        pinned["torch"] = torch
+    if version:
+        pinned["torch"] = version
     assert what in found()
 
 
-@pytest.mark.parametrize("torch, capability", [("2.10.0", "9.0"), ("2.11.0", "8.0")])
-def test_what_is_known_to_be_well(torch, capability, machine):
+def test_a_torch_without_cuda(machine):
+    """Kills: a build for the CPU, whatever its version says, beside GPUs; one that bothers a machine without them."""
+    machine(HEALTHY)["CUDA"] = None
+    assert found() == ["torch 2.13.0 was built without CUDA"]
+    machine("")
+    assert found() == []
+
+
+DRIVER_570 = HEALTHY.replace("580.65.06", "570.124.06")
+
+
+@pytest.mark.parametrize("rows, cuda, details, mend", [
+    (HEALTHY, "13.0", "", None), (DRIVER_570, "12.6", "", None), (HEALTHY, "14.1", "", None),
+    (HEALTHY.replace("580.65.06", "[N/A]"), "13.0", "", None),
+    (DRIVER_570, "13.0", "Driver Version : 570.124.06\nCUDA Version   : 13.0\n", None),
+    (DRIVER_570, "13.0", "Driver Version : 570.124.06\nCUDA Version   : 12.8\n",
+     "update the driver to 580 or newer, or install a build of torch for CUDA 12, which this one runs"),
+    (HEALTHY.replace("580.65.06", "470.82.01"), "12.9", "",
+     "update the driver to 525 or newer, or install a build of torch for CUDA 11, which this one runs"),
+    (HEALTHY.replace("580.65.06", "390.157"), "11.8", "", "update the driver to 450 or newer"),
+])
+def test_the_driver_that_torch_needs(rows, cuda, details, mend, machine):
+    """Kills: a driver that is too old and named by nobody before every rank ends with a traceback; a newer one, or an
+    older one with NVIDIA's compatibility package, that is refused."""
+    machine(rows, details=details)["CUDA"] = cuda
+    findings = doctor.doctor([])["findings"]
+    assert [f["what"] for f in findings] == ([] if mend is None else [
+        f"driver {rows.split(', ')[2]} with a torch that is built for CUDA {cuda}"])
+    assert all(f["ends"] and f["mend"].split(" (")[0] == mend for f in findings)
+
+
+def test_what_this_torch_was_built_for():
+    """Kills: a version that is read where there is none, or from another line of torch/version.py."""
+    assert doctor.cuda_of_torch() == torch.version.cuda
+
+
+@pytest.mark.parametrize("name", ["TORCH_NCCL_BLOCKING_WAIT", "NCCL_BLOCKING_WAIT"])
+def test_a_wait_that_hangs(name, machine, monkeypatch):
+    """Kills: a variable under which a CUDA graph may wait for ever, told of by nobody; a warning where it is off or
+    where there is no GPU; one that ends the run."""
+    machine(HEALTHY)
+    monkeypatch.setenv(name, "0")
+    assert found() == []
+    monkeypatch.setenv(name, "1")
+    (finding,) = doctor.doctor([])["findings"]
+    assert (finding["what"], finding["mend"], finding["ends"]) == (f"{name}=1", f"unset {name}", False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert found() == []
+
+
+@pytest.mark.parametrize("version, capability", [("2.10.0", "9.0"), ("2.11.0", "8.0")])
+def test_what_is_known_to_be_well(version, capability, machine):
     """Kills: a warning for every version, or for every GPU."""
-    machine(HEALTHY.replace("9.0", capability))["torch"] = torch
-    assert found() == [f"torch {torch}, pinned is 2.13.0"]
+    machine(HEALTHY.replace("9.0", capability))["torch"] = version
+    assert found() == [f"torch {version}, pinned is 2.13.0"]
 
 
 def test_a_missing_package_and_its_remedy(machine, capsys):

@@ -115,3 +115,59 @@ def test_run_sh_names_the_package_that_venv_needs(tmp_path):
     assert run.returncode == 1
     assert run.stderr == f"run.sh: python3 cannot make a virtual environment: apt install {package}\n"
     assert not (tmp_path / ".venv").exists()
+
+
+@pytest.fixture
+def run_sh(tmp_path):
+    """run.sh in a folder of its own, on a machine that stand-ins make: GPUs, of which nvidia-smi tells line by line,
+    and a Python that asks the real doctor how many, has PyTorch do as `torch` says, and notes what else it is asked."""
+    for name in ("run.sh", "requirements.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "records").symlink_to(ROOT / "records")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "requirements.txt").write_text((ROOT / "requirements.txt").read_text())
+
+    def run(torch, gpus, **environment):
+        stand_ins = {".venv/bin/pip": "", ".venv/bin/python": f'''case "$*" in
+    *doctor.find_gpus*) exec {sys.executable} "$@";;
+    *torch.zeros*) {torch};;
+    *--fineweb-shards*) echo 0;;
+    *) echo "$WORLD_SIZE: $*" >> asked;;
+esac''', "nvidia-smi": f'''for gpu in {gpus}; do
+    case $1 in
+        -L) echo "GPU $gpu: NVIDIA H100 80GB HBM3 (UUID: GPU-${{gpu}}a7e)";;
+        *) echo "$gpu, GPU-${{gpu}}a7e, 580.65.06, Disabled, NVIDIA H100 80GB HBM3, 9.0, 81559, 4";;
+    esac
+    sleep .2  # long enough for a reader that has seen enough to be gone
+done'''}
+        for name, text in stand_ins.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+            (tmp_path / name).chmod(0o755)
+        clean = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "WORLD_SIZE")}
+        found = subprocess.run(["bash", "run.sh", "--dry-run"], cwd=tmp_path, text=True, capture_output=True,
+                               env=clean | {"PATH": f"{tmp_path}:{os.environ['PATH']}"} | environment)
+        asked = tmp_path / "asked"
+        return found, asked.read_text() if asked.exists() else ""
+    return run
+
+
+def test_run_sh_trains_on_all_gpus(run_sh):
+    """Kills: @tiny for a machine with GPUs, because somebody stopped listening while nvidia-smi still spoke."""
+    run, asked = run_sh("echo 2", "0 1")
+    assert run.returncode == 0, run.stderr
+    assert asked == "2: -m records doctor -- --dry-run\n"
+
+
+@pytest.mark.parametrize("hidden", ["", "-1"])
+def test_run_sh_with_hidden_gpus(hidden, run_sh):
+    """Kills: an error for one who asks for the CPU, in either of the ways that CUDA knows."""
+    run, asked = run_sh("exit 1", "0", CUDA_VISIBLE_DEVICES=hidden)
+    assert run.returncode == 0, run.stderr
+    assert asked.splitlines()[-1] == "1: -m records doctor -- @tiny --dry-run"
+
+
+def test_run_sh_where_pytorch_cannot_use_the_gpus(run_sh):
+    """Kills: @tiny without a word; more than a line; a driver that is blamed without a look at its number."""
+    run, asked = run_sh("exit 1", "0", CUDA_VISIBLE_DEVICES="GPU-0")
+    assert run.returncode == 1 and run.stderr.count("\n") == 1 and asked == ""
+    assert "-m records doctor may say why" in run.stderr
