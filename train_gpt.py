@@ -13,6 +13,7 @@ training, checkpoints.
 
 import argparse
 import ast
+import builtins
 import difflib
 import fcntl
 import glob
@@ -26,6 +27,7 @@ import re
 import resource
 import signal
 import subprocess
+import symtable
 import sys
 import time
 import uuid
@@ -559,17 +561,63 @@ def is_validation_step(step: int, hp: Hyperparameters) -> bool:
 #                 Log                  #
 ########################################
 
-def flatten(path: Path, inlined: set[Path]) -> str:
-    """The source of a file with each line `from LOCAL_MODULE import ...` replaced by that module, flattened."""
-    def inline(match):
-        module = HERE.joinpath(*match[1].split(".")).with_suffix(".py")
-        if module in inlined:
-            return ""
-        if not module.is_file():
-            return match[0]
-        inlined.add(module)
-        return flatten(module, inlined).rstrip("\n")
-    return re.sub(r"^from ([\w.]+) import .+$", inline, path.read_text(), flags=re.MULTILINE)
+def flatten(path: Path) -> str:
+    """A file and the files of this project that it needs as one program: each whole, once and after those that it needs
+    itself, under a banner with its name. Their imports of each other become comments, and the docstring of `path`
+    comes first, as it is the program's. A file that needs no other is such a program already.
+    """
+    parts, meanings = {}, {name: f"builtins.{name}" for name in dir(builtins)}
+
+    def add(path: Path):
+        name, text = path.relative_to(HERE).as_posix(), path.read_text()
+        lines = text.split("\n")
+        for node in ast.walk(ast.parse(text)):
+            needed = local_files(node)
+            if not needed and not getattr(node, "level", 0):
+                continue
+            plain = node.col_offset == 0 and re.fullmatch(r"from \w[\w.]* import \w+(, \w+)*", ast.unparse(node))
+            assert plain and needed[0].name != "__init__.py", (
+                f"{name}:{node.lineno}: {lines[node.lineno - 1].strip()}: the log's program is one file; write "
+                "`from FILE import NAME`, not indented")
+            if needed[0] not in parts:
+                add(needed[0])
+            for i in range(node.lineno - 1, node.end_lineno):
+                lines[i] = f"# {lines[i]}"
+        for word, meaning in names_of(text, name.removesuffix(".py").replace("/", ".")).items():
+            assert meanings.setdefault(word, meaning) == meaning, (
+                f"{name}: {word} is {meaning} here and {meanings[word]} above; the log's program is one file")
+        parts[path] = lines
+
+    add(path)
+    if len(parts) == 1:
+        return path.read_text()
+    end = ast.parse(path.read_text()).body[0].end_lineno
+    docstring, parts[path] = parts[path][:end], parts[path][end:]
+    texts = [f"{'#' * 80}\n#{file.relative_to(HERE).as_posix():^78}#\n{'#' * 80}\n" + "\n".join(lines)
+             for file, lines in parts.items()]
+    return "\n\n".join(["\n".join(docstring), *texts])
+
+
+def local_files(node: ast.AST) -> list[Path]:
+    """The files of this project that a statement imports: of a folder, its __init__.py."""
+    modules = ([alias.name for alias in node.names] if isinstance(node, ast.Import) else
+               [node.module] if isinstance(node, ast.ImportFrom) and not node.level else [])
+    places = [HERE / module.replace(".", "/") for module in modules]
+    return [file for place in places for file in (Path(f"{place}.py"), place / "__init__.py") if file.is_file()]
+
+
+def names_of(text: str, module: str) -> dict[str, str]:
+    """{name: what it stands for} of all that a module defines or imports at its top level."""
+    symbols = symtable.symtable(text, module, "exec").get_symbols()
+    names = {symbol.get_name(): f"{module}.{symbol.get_name()}" for symbol in symbols if symbol.is_assigned()}
+    for node in ast.parse(text).body:
+        match node:
+            case ast.ImportFrom(source, aliases):
+                names |= {alias.asname or alias.name: f"{source}.{alias.name}" for alias in aliases}
+            case ast.Import(aliases):
+                names |= {alias.asname or alias.name.split(".")[0]:
+                          alias.name if alias.asname else alias.name.split(".")[0] for alias in aliases}
+    return names
 
 
 def render(source: str, hp: Hyperparameters) -> str:
@@ -588,7 +636,7 @@ def render(source: str, hp: Hyperparameters) -> str:
 @cache  # a run that goes on asks twice
 def program(hp: Hyperparameters) -> str:
     """All of this program, with the values of the run: what stands at the head of its log."""
-    return render(flatten(Path(__file__), set()), hp)
+    return render(flatten(Path(__file__).resolve()), hp)
 
 
 def source_sha256(source: str) -> str:

@@ -17,8 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.bf16 import linear, runs_kernels
-
-EPSILON = torch.finfo(torch.float32).eps  # of rms, as in F.rms_norm
+from kernels.norm import EPSILON
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ ARITHMETIC = {
 TITLE = re.compile(
     r"^ *#{10,}\n *# +(?P<title>.+?) +#\n *#{10,}$|^ *# -{5,} (?P<part>.+?) SECTION -{5,}$", re.MULTILINE
 )
+FILE = re.compile(r"[\w./-]+\.py")  # a title over a whole file, in a program that was put together from several
 SEED = re.compile(rb"^SEED = \d+$", re.MULTILINE)  # result #31; `idle` passes over it
 
 
@@ -126,12 +127,23 @@ def idle(statement: ast.stmt, parent: ast.AST) -> bool:
 
 
 def sections(source: bytes) -> dict[str, list[str]]:
-    """The lines of a program by the titles of its parts; what stands before the first is the `head`."""
+    """The lines of a program by the titles of its parts; what stands before the first is the `head`.
+
+    Parts of the last file, the program proper, have their titles alone, as where it is the only one; those of a file
+    above it have its name before their own.
+    """
     text = source.decode(errors="replace").replace("\r\n", "\n")
-    found, title, start = {}, "head", 0
-    for match in TITLE.finditer(text):
+    matches = list(TITLE.finditer(text))
+    files = [match["title"] for match in matches if match["title"] and FILE.fullmatch(match["title"])]
+    found, file, title, start = {}, "", "head", 0
+    for match in matches:
         found.setdefault(title, []).extend(text[start:match.start()].splitlines())
-        title, start = section_name(match["title"] or match["part"]), match.end()
+        name, start = match["title"] or match["part"], match.end()
+        if name in files:
+            file = name if name != files[-1] else ""
+            title = file or "head"
+        else:
+            title = f"{file}: {section_name(name)}" if file else section_name(name)
     found.setdefault(title, []).extend(text[start:].splitlines())
     return found
 

@@ -229,7 +229,7 @@ def test_one_graph(monkeypatch):
 def test_a_logged_script_beside_the_module(tmp_path):
     """Kills: an operator that cannot be registered twice, or that takes the first one's away."""
     script = tmp_path / "script.py"
-    script.write_text(flatten(ROOT / "kernels" / "cross_entropy.py", set()))
+    script.write_text(flatten(ROOT / "kernels" / "cross_entropy.py"))
     namespace = runpy.run_path(str(script), run_name="__main__")
     inputs = *head(5, 8, 60, torch.float32)[0], torch.arange(5, device=DEVICE)
     assert torch.equal(namespace["fused_head_loss"](*inputs, 5), fused_head_loss(*inputs, 5))

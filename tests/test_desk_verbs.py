@@ -166,6 +166,40 @@ def test_sections_of_both_dialects():
     assert {"data", "model", "training"} <= ours.keys() and any("class GPT" in line for line in ours["model"])
 
 
+TWO_FILES = f"""'''Of two files.'''
+{"#" * 80}
+#{"kernels/norm.py":^78}#
+{"#" * 80}
+x = 1
+{"#" * 40}
+#{"Model":^38}#
+{"#" * 40}
+y = 2
+{"#" * 80}
+#{"train_gpt.py":^78}#
+{"#" * 80}
+import torch
+{"#" * 40}
+#{"Model":^38}#
+{"#" * 40}
+z = 3
+"""
+
+
+def test_diff_names_the_file(tmp_path, capsys):
+    """Kills: a change of a kernel told as one of the head, or of another file's part; a part of the program proper
+    under another title than in a program of one file, which `lint` would miss."""
+    assert {title: lines for title, (_, *lines) in sections(TWO_FILES.encode()).items()} == {
+        "head": ["", "import torch"], "kernels/norm.py": ["x = 1"], "kernels/norm.py: model": ["y = 2"],
+        "model": ["z = 3"]}
+    logs = [tmp_path / name for name in ("a.txt", "b.txt")]
+    for path, value in zip(logs, "15"):
+        path.write_text(f"{TWO_FILES.replace('x = 1', f'x = {value}')}{'=' * 100}\n")
+    assert run(capsys, "diff", *map(str, logs))[1].splitlines()[-6:] == [
+        "kernels/norm.py: 1 lines out, 1 in", "@@ -1 +1 @@", "-x = 1", "+x = 5", "",
+        "DIFFERENT: 1 constants, 1 sections; 0 of them touch data, model, batch or evaluation"]
+
+
 def test_constants_are_literals():
     """Kills: a computed value evaluated, or taken for a constant; the second of two like names lost."""
     assert constants(b"a = (1, x)\nb = {1: x}\nc = 1 + x\n") == {}

@@ -3,6 +3,7 @@
 import ast
 import gc
 import math
+import re
 import runpy
 import weakref
 from contextlib import nullcontext
@@ -120,7 +121,7 @@ def test_departures_from_the_rules(words, line, run_source):
     assert train_gpt.departures(hp) == line
     assert train_gpt.plan(hp, 1).splitlines()[1:] == line
     assert [fact for fact in train_gpt.facts(hp, Place(0, 1, CPU), {}, "").splitlines() if "record" in fact] == line
-    namespace = run_source(render(flatten(ROOT / "train_gpt.py", set()), hp))
+    namespace = run_source(render(flatten(ROOT / "train_gpt.py"), hp))
     assert namespace["departures"](namespace["Hyperparameters"]()) == line
 
 
@@ -393,7 +394,7 @@ def test_wrong_overrides(words, says):
 def test_rendered_source_is_the_run(run_source):
     """Kills: a value written into the wrong line or lost, a default that is respelled, a second rendering that
     differs from the first, a local import that stays."""
-    source = flatten(ROOT / "train_gpt.py", set())
+    source = flatten(ROOT / "train_gpt.py")
     assert render(source, Hyperparameters()) == source
     assert not [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)
                 and (ROOT / (n.module.replace(".", "/") + ".py")).exists()]
@@ -405,6 +406,60 @@ def test_rendered_source_is_the_run(run_source):
         "train_files: str = 'x/*.bin'", "matrix_lr: float = 0.02", "direction: str = 'muon'", "train_steps: int = 100"]
     namespace = run_source(rendered)
     assert vars(namespace["Hyperparameters"]()) == vars(hp)
+
+
+def test_the_program_of_a_log_is_its_files(tmp_path, monkeypatch):
+    """Kills: a file that is lost, twice there, cut, or below one that needs it; a banner with another's name; a
+    docstring of the program that is another file's; a program that is put together anew from itself."""
+    source = flatten(ROOT / "train_gpt.py")
+    opening, *parts = re.split(r"^#{80}\n# +(\S+) +#\n#{80}\n", source, flags=re.MULTILINE)
+    files = dict(zip(parts[::2], parts[1::2]))
+    assert list(files)[-1] == "train_gpt.py" and len(files) == len(parts) // 2
+    assert ast.get_docstring(ast.parse(source), clean=False) == train_gpt.__doc__
+    files["train_gpt.py"] = f"{opening.rstrip()}\n{files['train_gpt.py']}"
+    above = set()
+    for name, text in files.items():
+        needed = re.findall(r"^# from (\S+) import \w", text, flags=re.MULTILINE)
+        assert {f"{module.replace('.', '/')}.py" for module in needed} <= above
+        assert re.sub(r"^# (from \S+ import \w)", r"\1", text, flags=re.MULTILINE).rstrip() == (
+            ROOT / name).read_text().rstrip()
+        above.add(name)
+    assert above >= {"aurora.py", *(f"kernels/{path.name}" for path in (ROOT / "kernels").glob("[!_]*.py"))}
+    monkeypatch.setattr(train_gpt, "HERE", tmp_path)
+    (tmp_path / "program.py").write_text(source)
+    assert flatten(tmp_path / "program.py") == source
+
+
+@pytest.mark.parametrize("main, other, complaint", [
+    ("import kernels.other", "", "main.py:1: import kernels.other: "),
+    ("import math, kernels.other", "", "main.py:1: import math, kernels.other: "),
+    ("from kernels.other import a as b", "a = 1", "main.py:1: from kernels.other import a as b: "),
+    ("from kernels.other import *", "a = 1", "main.py:1: from kernels.other import "),
+    ("from kernels import other", "", "main.py:1: from kernels import other: "),
+    ("from . import kernels", "", "main.py:1: from . import kernels: "),
+    ("def f():\n    from kernels.other import a", "a = 1", "main.py:2: from kernels.other import a: "),
+    ("from kernels.other import a\nb = 2", "a, b = 1, 2", "main.py: b is main.b here and kernels.other.b above"),
+    ("from kernels.other import a\ndef b(): pass", "a = 1\nclass b: pass", "main.py: b is main.b here and kernels"),
+    ("from kernels.other import a\nimport torch as F", "import torch.nn as F\na = 1", "F is torch here and torch.nn"),
+    ("from kernels.other import a\nimport os.path", "a = os = 1", "main.py: os is os here and kernels.other.os above"),
+    ("from kernels.other import a\nfrom math import e", "a = 1\nfor e in []: pass", "main.py: e is math.e here and ke"),
+    ("from kernels.other import round", "def round(x): pass", "round is kernels.other.round here and builtins."),
+    ("from kernels.other import a\nimport os.path\nfrom os import path", "import os.path as path, os\na = 1", ""),
+    ("from kernels.other import (a,\n  b)\nc = [x for x in (1,)]", "a = b = 1\ndef f(c, x): e = 1", ""),
+])
+def test_what_one_file_cannot_hold(main, other, complaint, tmp_path, monkeypatch):
+    """Kills: an import of a local file that a log's program would still ask for, or whose names it would not have; two
+    meanings of one name, of which the program would keep the last; a local variable taken for such a name."""
+    monkeypatch.setattr(train_gpt, "HERE", tmp_path)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").touch()
+    (tmp_path / "kernels" / "other.py").write_text(other + "\n")
+    (tmp_path / "main.py").write_text(main + "\n")
+    if complaint:
+        with pytest.raises(AssertionError, match=re.escape(complaint)):
+            flatten(tmp_path / "main.py")
+    else:
+        exec(flatten(tmp_path / "main.py"), {})
 
 
 @pytest.mark.parametrize("capability, head_dim, versions, backend", [
