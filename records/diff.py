@@ -1,17 +1,17 @@
 """`diff`: what changed between the programs of two logs: constants first, then source by section."""
 
+import ast
 import difflib
 import re
+from functools import cache
+from pathlib import Path
 
 from records.log import read, read_bytes
 from records.program import constants, parse, recipe, sections
 
+TRAINER = Path(__file__).resolve().parent.parent / "train_gpt.py"
 # The rules of the track fix the data, the architecture, the batch and the evaluation.
 FIXED_SECTIONS = ("data", "model", "evaluation")
-FIXED = re.compile(
-    r"\b(val_\w+|validation\w*|batch_size|batch_tokens|seq_len|sequence_length|train_files|vocab_size|num_layers|"
-    r"model_dim|head_dim|eval)\b|fineweb"
-)
 
 
 def program(path: str) -> bytes:
@@ -26,6 +26,22 @@ def program(path: str) -> bytes:
     return source
 
 
+@cache
+def rules() -> dict[str, object]:
+    """{field of Hyperparameters: its value by the rules}, as train_gpt.py has them."""
+    for node in parse(program(str(TRAINER))).body:
+        match node:
+            case ast.Assign([ast.Name("RULES")], value):
+                return ast.literal_eval(value)
+    raise ValueError(f"{TRAINER} has no RULES: take it from the repository")
+
+
+@cache
+def fixed() -> re.Pattern:
+    """Finds in a line what the rules fix, by its name here or upstream."""
+    return re.compile(rf"\b({'|'.join(rules())}|batch_size|seq_len|val_\w+|validation\w*|train_files|eval)\b|fineweb")
+
+
 def diff(a: str, b: str) -> dict:
     """The verdict is that both are the same recipe."""
     old, new = program(a), program(b)
@@ -35,7 +51,7 @@ def diff(a: str, b: str) -> dict:
     titles = list(dict.fromkeys([*parts[0], *parts[1]]))
     return {
         "verdict": recipe(old) == recipe(new), "a": a, "b": b,
-        "constants": [{"name": name, "a": before.get(name), "b": after.get(name), "fixed": bool(FIXED.search(name))}
+        "constants": [{"name": name, "a": before.get(name), "b": after.get(name), "fixed": bool(fixed().search(name))}
                       for name in names],
         "sections": [section for title in titles
                      if (section := compare_section(title, *(part.get(title, []) for part in parts)))],
@@ -51,7 +67,7 @@ def compare_section(title: str, a: list[str], b: list[str]) -> dict | None:
         return None
     return {"title": title, "removed": sum(line[0] == "-" for line in changed),
             "added": sum(line[0] == "+" for line in changed), "lines": lines,
-            "fixed": title in FIXED_SECTIONS or any(FIXED.search(line) for line in changed)}
+            "fixed": title in FIXED_SECTIONS or any(fixed().search(line) for line in changed)}
 
 
 def text(result: dict) -> str:

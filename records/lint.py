@@ -9,20 +9,18 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from records.diff import program
+from records.diff import TRAINER, program, rules
 from records.program import constants, fingerprint, hyperparameters, number, parse, sections
 
-HERE = Path(__file__).resolve().parent.parent / "train_gpt.py"
 # Of upstream's train_gpt_simple.py, over its history up to commit f411b3d3: layout, comments and docstrings aside.
 UPSTREAM = {"data": ("56e689ed", "ddd436d0", "a4f95bbf"), "model": ("c2accb4d", "a07c0f3b")}
-# What the rules fix, by upstream's names and ours; sequences by upstream's default of its loader.
+# What upstream's programs name of that which the rules fix: in words, and by their name, for sequences their loader's
+# default.
 NUMBERS = {
-    "tokens a step": (("batch_size", "batch_tokens"), 524288),
-    "validation tokens": (("val_tokens",), 20 * 524288),
-    "sequence length": (("distributed_data_generator(seq_len)", "sequence_length"), 1024),
+    "batch_tokens": ("tokens a step", "batch_size"),
+    "val_tokens": ("validation tokens", "val_tokens"),
+    "sequence_length": ("sequence length", "distributed_data_generator(seq_len)"),
 }
-SIZES = {"vocab_size": 50304, "num_layers": 12, "model_dim": 768, "head_dim": 128, "mlp_expansion": 4,
-         "activation": "relu2"}
 PACKAGES = {"torch", "numpy", "tqdm", "triton", "wandb"}  # that bring no optimizer of their own, but torch's
 TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
@@ -32,7 +30,7 @@ def lint(path: str, against: str | None) -> dict:
     for the unchanged ones."""
     source = program(path)
     tree = parse(source)
-    base = against or (str(HERE) if hyperparameters(tree) else None)
+    base = against or (str(TRAINER) if hyperparameters(tree) else None)
     checks = [*(check_section(title, source, base) for title in ("data", "model")), *check_numbers(source),
               check_backward(tree), check_imports(tree), check_environment(tree)]
     return {"verdict": all(outcome == "unchanged" for _, outcome, _ in checks), "log": path,
@@ -61,11 +59,12 @@ def section_print(title: str, source: bytes) -> str | None:
 def check_numbers(source: bytes) -> list[tuple[str, str, str]]:
     named = constants(source)
     ours = {name.removeprefix("Hyperparameters."): value for name, value in named.items()}
-    wanted = dict(NUMBERS)
-    if hyperparameters(parse(source)):
-        wanted |= {name: ((name,), value) for name, value in SIZES.items()}
     found = []
-    for what, (names, value) in wanted.items():
+    for field, value in rules().items():
+        if field not in NUMBERS and not hyperparameters(parse(source)):
+            continue
+        what, upstreams = NUMBERS.get(field, (field, field))
+        names = dict.fromkeys([upstreams, field])
         name = next((name for name in names if name in ours), None)
         if name is None:
             found.append((what, "look", f"no {' or '.join(names)} with a literal value"))

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from test_records import OURS, ROOT, write
 
+import train_gpt
 from records import published
 from records.__main__ import VERBS, fold, main, parser
+from records.diff import rules
 from records.plan import extended, fresh
 from records.program import constants, fingerprint, parse, sections
 from records.statistics import ASSUMED_SD, NOISE, Moments, judge
@@ -171,17 +173,17 @@ TWO_FILES = f"""'''Of two files.'''
 #{"kernels/norm.py":^78}#
 {"#" * 80}
 x = 1
-{"#" * 40}
+{BANNER}
 #{"Model":^38}#
-{"#" * 40}
+{BANNER}
 y = 2
 {"#" * 80}
 #{"train_gpt.py":^78}#
 {"#" * 80}
 import torch
-{"#" * 40}
+{BANNER}
 #{"Model":^38}#
-{"#" * 40}
+{BANNER}
 z = 3
 """
 
@@ -249,6 +251,23 @@ def test_lint_of_ours(tmp_path, capsys):
     (tiny,) = (ROOT / "records" / "tiny").glob("*.txt")
     status, out = run(capsys, "lint", str(tiny))
     assert status == 1 and "changed    model_dim: model_dim = 64" in out
+
+
+def test_the_rules_are_the_trainers(tmp_path, capsys):
+    """Kills: a list of what the rules fix that is not the trainer's, or that it computes; one of its fields that lint
+    passes over in our programs, or diff does not mark."""
+    assert rules() == train_gpt.RULES
+    a, b = tmp_path / "a.py", tmp_path / "b.py"
+    for path, suffix in ((a, ""), (b, "0")):
+        fields = "".join(f"\n    {name}: x = {str(value) + suffix!r}" for name, value in rules().items())
+        path.write_text(f"class Hyperparameters:\n    mu: float = .9{suffix}1{fields}\n")
+    _, out = run(capsys, "diff", str(a), str(b), "--json")
+    assert {row["name"] for row in json.loads(out)["constants"] if row["fixed"]} == {
+        f"Hyperparameters.{name}" for name in rules()}
+    _, out = run(capsys, "lint", str(b), "--json")
+    words = {"batch_tokens": "tokens a step", "val_tokens": "validation tokens", "sequence_length": "sequence length"}
+    changed = {row["what"] for row in json.loads(out)["checks"] if row["outcome"] == "changed"}
+    assert changed >= {words.get(name, name) for name in rules()} and "mu" not in changed
 
 
 def test_fingerprint_sees_values():
