@@ -42,18 +42,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import triton
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from aurora import DIRECTIONS, Aurora, all_gather, check_direction, leverage_scores
 from checkpoint import Writer, read_checkpoint
 from heartbeat import Heartbeat
-from kernels.bf16 import linear
-from kernels.cross_entropy import cross_entropy_path, head_loss
-from kernels.mlp import mlp_path, relu2_mlp
+from kernels.bf16 import linear, runs_kernels
+from kernels.cross_entropy import head_loss
+from kernels.mlp import relu2_mlp
 from kernels.newton_schulz import newton_schulz_path
-from kernels.norm import norm_path, prenorm
-from kernels.qkv import qkv_heads, qkv_path
+from kernels.norm import prenorm
+from kernels.qkv import qkv_heads
 
 HERE = Path(__file__).resolve().parent
 
@@ -709,16 +710,14 @@ def facts(hp: Hyperparameters, place: Place, shards: dict[str, int], source: str
     lines = [f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda} on {device} "
              f"with world_size {place.world}"]
     if gpu:
-        import triton  # it is not installed without a GPU
         driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
         lines.append(f"driver: {driver}")
         lines.append(f"triton: {triton.__version__}")
     else:
         lines.append(f"threads: {torch.get_num_threads()}")
-    lines += [f"attention: {place.attention}", f"newton_schulz: {newton_schulz_path(place.device)}",
-              f"norm: {norm_path(place.device)}", f"qkv: {qkv_path(place.device)}",
-              f"mlp: {mlp_path(place.device) if hp.activation == 'relu2' else 'plain PyTorch'}",
-              f"cross_entropy: {cross_entropy_path(place.device)}",
+    lines += [f"attention: {place.attention}",
+              f"kernels: {'Triton' if runs_kernels(place.device) else 'plain PyTorch'}",
+              f"newton_schulz: {newton_schulz_path(place.device)}",
               f"update: {'compiled, ' * (hp.direction != 'adamw') + 'a CUDA graph a bank' if gpu else 'eager'}"]
     dirty = output_of("git", "-C", str(HERE), "status", "--porcelain", "--untracked-files=no")
     lines += [f"commit: {output_of('git', '-C', str(HERE), 'rev-parse', 'HEAD') or 'none'}{' (dirty)' * bool(dirty)}",

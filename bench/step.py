@@ -234,7 +234,7 @@ def main(words: list[str]):
     updates = in_turn({direction: optimizer_of(replace(hp, direction=direction), gradients, place).step
                        for direction in ("aurora", "muon")}, WARM_UP + ROUNDS)
     ran = [line for line in train_gpt.facts(hp, place, {}, "").splitlines()
-           if line.startswith(("attention", "newton", "norm", "qkv", "mlp", "cross_entropy", "update", "micro_batch"))]
+           if line.startswith(("attention", "kernels", "newton", "update", "micro_batch"))]
     dist.destroy_process_group()
     publish("step", words, out,
             f"Medians of {ROUNDS} steps of {hp.batch_tokens:,} random tokens, in turn in one process. {clocks()}. The "

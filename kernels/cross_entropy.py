@@ -209,10 +209,3 @@ def head_loss(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tenso
     if runs_kernels(x.device):
         return fused_head_loss(x, weight, bias, targets, rows_at_once(x.device, len(weight) * x.element_size()))
     return softcapped_cross_entropy_(linear(x, weight, bias), targets)
-
-
-def cross_entropy_path(device: torch.device) -> str:
-    """What head_loss runs, for the log."""
-    if runs_kernels(device):
-        return "Triton kernels"
-    return "plain PyTorch" if device.type == "cuda" else f"blocks of {ROWS} rows"

@@ -167,8 +167,3 @@ def relu2_mlp(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor
     argument, its square and y are rounded to that dtype.
     """
     return (fused_relu2_mlp if runs_kernels(x.device) else relu2_mlp_reference)(x, fc_weight, fc_bias, proj_weight)
-
-
-def mlp_path(device: torch.device) -> str:
-    """What relu2_mlp runs, for the log."""
-    return "Triton kernels" if runs_kernels(device) else "plain PyTorch"

@@ -94,8 +94,3 @@ def fused_prenorm(*inputs: Tensor) -> tuple[Tensor, Tensor]:
 def prenorm(x: Tensor, gains: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """x + bias and rms_norm(x) * gains, of x (..., D), gains (D) and bias (D), all of one dtype."""
     return (fused_prenorm if runs_kernels(x.device) else prenorm_reference)(x, gains, bias)
-
-
-def norm_path(device: torch.device) -> str:
-    """What prenorm runs, for the log."""
-    return "Triton kernel" if runs_kernels(device) else "plain PyTorch"

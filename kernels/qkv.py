@@ -181,8 +181,3 @@ def qkv_heads(x: Tensor, weight: Tensor, bias: Tensor, cos: Tensor, sin: Tensor,
     """q, k, v (B, H, T, K) of x (B, T, D) by weight (3 H K, D) and bias (3 H K), all of one dtype, which the product,
     the norm and the rotation are each rounded to. cos, sin (T, K/2): fp32. q and k have a root mean square of 1."""
     return (fused_qkv_heads if runs_kernels(x.device) else qkv_heads_reference)(x, weight, bias, cos, sin, head_dim)
-
-
-def qkv_path(device: torch.device) -> str:
-    """What qkv_heads runs, for the log."""
-    return "Triton kernel" if runs_kernels(device) else "plain PyTorch"

@@ -15,11 +15,13 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+import triton
 from conftest import ROOT, one_process, train, write_shard
 
 import train_gpt
 from kernels.cross_entropy import fused_head_loss
 from kernels.mlp import fused_relu2_mlp
+from kernels.newton_schulz import NEWTON_SCHULZ_CHOICE
 from kernels.norm import fused_prenorm
 from kernels.qkv import fused_qkv_heads
 from train_gpt import GPT, Hyperparameters, Place, flatten, initial_weights, override, read_batches, render
@@ -460,6 +462,20 @@ def test_what_one_file_cannot_hold(main, other, complaint, tmp_path, monkeypatch
             flatten(tmp_path / "main.py")
     else:
         exec(flatten(tmp_path / "main.py"), {})
+
+
+@pytest.mark.parametrize("device, capability, lines", [
+    ("cpu", None, ["kernels: plain PyTorch", "newton_schulz: reference"]),
+    ("cuda", (7, 5), ["kernels: plain PyTorch", "newton_schulz: reference"]),
+    ("cuda", (8, 0), ["kernels: Triton", f"newton_schulz: {', '.join(NEWTON_SCHULZ_CHOICE)}"])])
+def test_the_log_names_what_computes(device, capability, lines, monkeypatch):
+    """Kills: a log that says kernels where PyTorch computes, or the other way round. The tests of kernels hold the
+    dispatchers to the same cards."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    said = train_gpt.facts(Hyperparameters(), Place(0, 1, torch.device(device)), {}, "").splitlines()
+    assert [line for line in said if line.startswith(("kernels: ", "newton_schulz: "))] == lines
+    assert (f"triton: {triton.__version__}" in said) == (device == "cuda")
 
 
 @pytest.mark.parametrize("capability, head_dim, versions, backend", [
