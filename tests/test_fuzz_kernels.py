@@ -10,7 +10,7 @@ from tests.drills.fuzz_kernels import KERNELS, Case, Found
 
 
 def test_kernels_at_odd_sizes(poisoned):
-    """Kills: a block larger than a program's rows, an edge at a size of no other test, an epilogue rounded apart.
+    """Kills: a block larger than a program's rows, an edge at a size of no other test, half a percent of an output.
 
     Four cases a kernel: of this seed the norm's have 2, 13, 2 and 8 numbers a token, q's heads 12, 4, 4 and 4.
     """
