@@ -23,7 +23,7 @@ from kernels.cross_entropy import head_loss_reference
 
 RECORD = train_gpt.Hyperparameters()
 TINY = ["@tiny", "num_layers=2", "vocab_size=512", "batch_tokens=128", "sequence_length=32", "micro_batch=2"]
-of_a_cpu = pytest.mark.skipif(kernels.GPU, reason="is of a CPU")
+of_a_cpu = pytest.mark.skipif(kernels.GPU, reason="needs a machine without a GPU")
 
 
 def table(text: str) -> list[dict[str, str]]:
@@ -236,7 +236,7 @@ def test_only_the_call_is_timed(as_on_a_gpu, monkeypatch):
     assert "".join(calls) == "ab" * 4
 
 
-@pytest.mark.skipif(kernels.GPU, reason="stands in for one")
+@pytest.mark.skipif(kernels.GPU, reason="needs a machine without a GPU, as it stands in for one")
 def test_lines_as_on_a_gpu(as_on_a_gpu, tmp_path):
     """Kills: a Triton product called with wrong operands or arguments, a path that is left out, the wrong winner."""
     kernels.main(["lines", "-o", str(tmp_path)])
