@@ -54,9 +54,9 @@ def run(name: str, main: Callable[[list[str]], None]):
         sys.exit(f"bench.{name}: {error}")
 
 
-def publish(name: str, words: list[str], out: Path, *parts: str):
+def publish(name: str, words: list[str], out: Path, *parts: str, package: str = "bench"):
     """Print the command, its provenance and the parts, and write them to NAME.md, whole."""
-    head = f"# python -m bench.{name} {' '.join(words)}".rstrip()
+    head = f"# python -m {package}.{name} {' '.join(words)}".rstrip()
     text = "\n\n".join([head, f"{provenance()}.", *parts]) + "\n"
     out.mkdir(parents=True, exist_ok=True)
     beside = out / f".{name}.md.{os.getpid()}"

@@ -34,7 +34,8 @@ stage() {  # stage NAME COMMAND...
 
 main() {
     printf '# bench/gpu.sh\n\n%s.\n\n' "$("$python" -c 'import bench; print(bench.provenance())')" > "$folder/gpu.md"
-    stage tests "$python" -m pytest -n 8 --dist load tests/test_{bf16,newton_schulz,cross_entropy,mlp,norm,qkv,banks}.py
+    stage tests "$python" -m pytest -n 8 --dist load \
+        tests/test_{bf16,newton_schulz,cross_entropy,mlp,norm,qkv,fuzz_kernels,banks}.py
     for bench in kernels optimizer step; do
         stage "$bench" "$python" -m "bench.$bench" -o "$folder"
     done

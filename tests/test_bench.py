@@ -23,7 +23,7 @@ from kernels.cross_entropy import head_loss_reference
 
 RECORD = train_gpt.Hyperparameters()
 TINY = ["@tiny", "num_layers=2", "vocab_size=512", "batch_tokens=128", "sequence_length=32", "micro_batch=2"]
-of_a_cpu = pytest.mark.skipif(kernels.GPU, reason="is of a CPU")
+of_a_cpu = pytest.mark.skipif(kernels.GPU, reason="needs a machine without a GPU")
 
 
 def table(text: str) -> list[dict[str, str]]:
@@ -236,7 +236,7 @@ def test_only_the_call_is_timed(as_on_a_gpu, monkeypatch):
     assert "".join(calls) == "ab" * 4
 
 
-@pytest.mark.skipif(kernels.GPU, reason="stands in for one")
+@pytest.mark.skipif(kernels.GPU, reason="needs a machine without a GPU, as it stands in for one")
 def test_lines_as_on_a_gpu(as_on_a_gpu, tmp_path):
     """Kills: a Triton product called with wrong operands or arguments, a path that is left out, the wrong winner."""
     kernels.main(["lines", "-o", str(tmp_path)])
@@ -449,6 +449,8 @@ def test_parts_of_a_step(monkeypatch):
     ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1_kernel0_0", "attention"),
     ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits<cutlass::bfloat16_t>>",
      "attention"),
+    ("void cudnn::fusion::compute_dot_do_o_specialized<true, __nv_bfloat16, 64, 128, 128>(...)", "attention"),
+    ("void cudnn::fusion::convert_dq_to_16bits<false, __nv_bfloat16, 128>(...)", "attention"),
     ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NNT", "GEMM"),
     ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1", "GEMM"),
     ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_bf16_128x128_64x3_nt_align8>(...)", "GEMM"),
@@ -461,6 +463,13 @@ def test_parts_of_a_step(monkeypatch):
 def test_groups_of_kernels(name, group):
     """Kills: a kernel in another's group: Inductor names kernels after operators, attention is built with cutlass."""
     assert step.group_of(name) == group
+
+
+def test_the_group_of_this_projects_kernels():
+    """Kills: a file of kernels/ that is left out, whose kernels are then counted as reductions or as other things."""
+    names = [name for path in (ROOT / "kernels").glob("*.py")
+             for name in re.findall(r"@triton\.jit\ndef (\w+_kernel)\(", path.read_text())]
+    assert len(names) >= 9 and {step.group_of(name) for name in names} == {"Triton kernels of this project"}
 
 
 def test_step_as_on_a_gpu(monkeypatch):
