@@ -1,6 +1,7 @@
 """What bench/ counts and predicts, and that its programs run. Nothing here is timed."""
 
 import re
+import shutil
 import subprocess
 from dataclasses import replace
 from itertools import pairwise
@@ -498,11 +499,13 @@ def gpu_sh(folder, **environment):
 
 @pytest.fixture
 def stub(tmp_path):
-    """A folder with gpu.sh and a Python that notes what it is asked for, and fails where a word of $BAD is."""
+    """A folder with gpu.sh and a Python that notes what it is asked for, fails where $BAD is in it, and hangs where
+    $HANGS is."""
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "gpu.sh").write_text((ROOT / "bench" / "gpu.sh").read_text())
     (tmp_path / "python3").write_text(f'''#!/bin/sh
 [ -z "$BAD" ] || case "$*" in *$BAD*) exit 1;; esac
+[ -z "$HANGS" ] || case "$*" in *$HANGS*) exec sleep 60;; esac
 case "$*" in
     *provenance*) echo Card X, commit unknown;;
     *sysconfig*) printf "/lib a\\n/lib b\\n";;
@@ -521,6 +524,38 @@ def test_gpu_sh_without_a_gpu(stub):
     run = gpu_sh(stub, BAD="cuda")
     assert run.returncode == 1 and run.stdout == "" and run.stderr.count("\n") == 1
     assert "finds no GPU; on a CPU run ./run.sh test" in run.stderr and not (stub / "out").exists()
+
+
+def test_gpu_sh_without_pytest(stub):
+    """Kills: a GPU that is paid for while the first stage says that there is no pytest, as where only ./run.sh ran."""
+    run = gpu_sh(stub, BAD="xdist")
+    assert run.returncode == 1 and run.stdout == "" and run.stderr.count("\n") == 1
+    assert "./run.sh test --version installs them" in run.stderr and not (stub / "out").exists()
+
+
+def test_gpu_sh_that_cannot_write(stub):
+    """Kills: stages that run for nothing, and an exit code of 0, where the summary cannot be written."""
+    (stub / "out" / "gpu.md").mkdir(parents=True)
+    run = gpu_sh(stub)
+    assert run.returncode == 1 and "gpu.md: Is a directory" in run.stdout
+    assert "bench.kernels" not in (stub / "calls").read_text()
+
+
+def test_gpu_sh_and_stages_that_hang(stub):
+    """Kills: a limit that a slow stage meets; a stage that hangs, and ends the others or passes."""
+    timeout, real = stub / "timeout", shutil.which("timeout")
+    timeout.write_text(f'''#!/bin/sh
+echo $1 >> {stub}/limits
+shift
+case "$*" in *bench.optimizer*) exec {real} .1 "$@";; esac
+exec "$@"
+''')
+    timeout.chmod(0o755)
+    run = gpu_sh(stub, HANGS="bench.optimizer")
+    assert run.returncode == 1
+    assert (stub / "limits").read_text().split() == ["300", "300", "600", "600", "300", "600"]
+    outcomes = re.findall("^- .*: (passed|failed)", (stub / "out" / "gpu.md").read_text(), re.MULTILINE)
+    assert outcomes == ["passed", "passed", "failed", "passed", "passed", "passed"]
 
 
 @pytest.mark.parametrize("bad", ["", "bench.step", "train_gpt.py"])
