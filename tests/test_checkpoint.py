@@ -228,12 +228,7 @@ def test_run_sh_leaves_a_checkpoint_its_recipe(words, tmp_path):
     for name in ("pip", "python", "torchrun"):
         stub = tmp_path / ".venv" / "bin" / name
         stub.parent.mkdir(parents=True, exist_ok=True)
-<<<<<<< HEAD
-        stub.write_text('#!/bin/sh\ncase "$*" in *find_gpus*) echo 0; exit;; esac\n'
-                        f'echo "{name} $*" >> calls\n')
-=======
         stub.write_text(f'#!/bin/sh\ncase "$*" in *find_gpus*) echo 0; exit;; esac\necho "{name} $*" >> calls\n')
->>>>>>> i14c
         stub.chmod(0o755)
     (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")
     subprocess.run(["bash", "run.sh", *words], cwd=tmp_path, check=True, env={"PATH": os.environ["PATH"]})
