@@ -122,7 +122,7 @@ def main(words: list[str]):
     directions = [word for word in words if "=" not in word and not word.startswith("@")] or ["muon"]
     hp = override([word for word in words if "=" in word or word.startswith("@")])
     each = {name: replace(hp, direction=name) for name in dict.fromkeys([*directions, "aurora"])}
-    place = train_gpt.join(0, 0, 1)
+    place = train_gpt.join(0, 0, 1, hp.head_dim)
     torch._dynamo.config.recompile_limit = 8 * len(each)  # programs, one a direction and shape: beyond it, eager
     gradients = make_gradients(hp, place.device)
     subjects = {name: ours(hp, gradients, place) for name, hp in each.items()}

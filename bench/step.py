@@ -219,7 +219,7 @@ def verdict(times: dict[str, list], memory: dict[str, int], updates: dict[str, f
 def main(words: list[str]):
     words, out = parse("step", __doc__, words)
     hp = override(words)
-    place = train_gpt.join(0, 0, 1)
+    place = train_gpt.join(0, 0, 1, hp.head_dim)
     weights, batch = drawn_weights(hp), random_batch(hp, place.device)
     programs, losses, memory = {}, {}, {}
     for name, make in ((OURS, ours), (PUBLISHED, published)):

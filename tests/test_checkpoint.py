@@ -228,7 +228,8 @@ def test_run_sh_leaves_a_checkpoint_its_recipe(words, tmp_path):
     for name in ("pip", "python", "torchrun"):
         stub = tmp_path / ".venv" / "bin" / name
         stub.parent.mkdir(parents=True, exist_ok=True)
-        stub.write_text(f'#!/bin/sh\necho "{name} $*" >> calls\n')
+        stub.write_text('#!/bin/sh\ncase "$*" in *find_gpus*) echo 0; exit;; esac\n'
+                        f'echo "{name} $*" >> calls\n')
         stub.chmod(0o755)
     (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")
     subprocess.run(["bash", "run.sh", *words], cwd=tmp_path, check=True,

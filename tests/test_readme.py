@@ -36,10 +36,10 @@ def test_run_sh_with_gpus(tmp_path):
     (tmp_path / "requirements.txt").write_text("pins\n")
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "newer.txt").touch()
-    for name in ("bin/nvidia-smi", ".venv/bin/pip", ".venv/bin/python", ".venv/bin/torchrun"):
+    for name in (".venv/bin/pip", ".venv/bin/python", ".venv/bin/torchrun"):
         stub = tmp_path / name
         stub.parent.mkdir(parents=True, exist_ok=True)
-        stub.write_text('#!/bin/sh\ncase "$*" in *device_count*) echo 8; exit;; -L) echo GPU 0; exit;; esac\n'
+        stub.write_text('#!/bin/sh\ncase "$*" in *find_gpus*|*device_count*) echo 8; exit;; esac\n'
                         'case "$*" in *--fineweb-shards*) echo 17;; *doctor*) echo well;; *verify*) echo PASS;; esac\n'
                         'case "$0" in *torchrun) echo step; echo log: logs/a.txt;; esac\n'
                         f'echo "{stub.name} $* WORLD_SIZE=$WORLD_SIZE" >> calls\n')
@@ -47,7 +47,7 @@ def test_run_sh_with_gpus(tmp_path):
     (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")
     with open(tmp_path / "said", "w") as said:
         subprocess.run(["bash", "run.sh", "mu=0.9", "--seed", "3"], cwd=tmp_path, check=True, stdout=said,
-                       env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin"})
+                       env={"PATH": "/usr/bin:/bin"})
     assert (tmp_path / "said").read_text() == "well\nstep\nlog: logs/a.txt\nPASS\n"
     assert (tmp_path / "calls").read_text().splitlines() == [
         "python train_gpt.py --fineweb-shards mu=0.9 --seed 3 WORLD_SIZE=",
@@ -65,7 +65,8 @@ def test_run_sh_stops_where_the_doctor_finds_an_end(tmp_path):
     for name in ("pip", "python", "torchrun"):
         stub = tmp_path / ".venv" / "bin" / name
         stub.parent.mkdir(parents=True, exist_ok=True)
-        stub.write_text(f'#!/bin/sh\necho "{name} $*" >> calls\ncase "{name} $*" in *$BAD*) exit 1;; esac\n')
+        stub.write_text('#!/bin/sh\ncase "$*" in *find_gpus*) echo 0; exit;; esac\n'
+                        f'echo "{name} $*" >> calls\ncase "{name} $*" in *$BAD*) exit 1;; esac\n')
         stub.chmod(0o755)
     (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")
     for bad, code, last in (("doctor", 1, "python -m records doctor -- @tiny"), ("torchrun", 1, "train_gpt.py @tiny"),
