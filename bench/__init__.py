@@ -11,7 +11,6 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import train_gpt
-from results import provenance  # noqa: F401, gpu.sh asks for it here
 
 RESULTS = Path(__file__).parent / "results"
 

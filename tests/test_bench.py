@@ -1,6 +1,7 @@
 """The benchmarks run, and time nothing that is wrong; bench/gpu.sh runs them all. Nothing here is timed."""
 
 import re
+import shutil
 import subprocess
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from bench import baseline, kernels, optimizer, step
 from kernels.bf16 import linear
 
 TINY = ["@tiny", "num_layers=2", "vocab_size=512", "batch_tokens=128", "sequence_length=32", "micro_batch=2"]
-of_a_cpu = pytest.mark.skipif(kernels.GPU, reason="is of a CPU")
+of_a_cpu = pytest.mark.skipif(kernels.GPU, reason="needs a machine without a GPU")
 
 
 def table(text: str) -> list[dict[str, str]]:
@@ -155,6 +156,8 @@ def test_losses_are_compared():
     ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_4x1x1_kernel0_0", "attention"),
     ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits<cutlass::bfloat16_t>>",
      "attention"),
+    ("void cudnn::fusion::compute_dot_do_o_specialized<true, __nv_bfloat16, 64, 128, 128>(...)", "attention"),
+    ("void cudnn::fusion::convert_dq_to_16bits<false, __nv_bfloat16, 128>(...)", "attention"),
     ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_NNT", "GEMM"),
     ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize1x1x1", "GEMM"),
     ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_bf16_128x128_64x3_nt_align8>(...)", "GEMM"),
@@ -169,6 +172,13 @@ def test_groups_of_kernels(name, group):
     assert step.group_of(name) == group
 
 
+def test_the_group_of_this_projects_kernels():
+    """Kills: a file of kernels/ that is left out, whose kernels are then counted as reductions or as other things."""
+    names = [name for path in (ROOT / "kernels").glob("*.py")
+             for name in re.findall(r"@triton\.jit\ndef (\w+_kernel)\(", path.read_text())]
+    assert len(names) >= 9 and {step.group_of(name) for name in names} == {"Triton kernels of this project"}
+
+
 ########################################
 #               gpu.sh                 #
 ########################################
@@ -180,11 +190,13 @@ def gpu_sh(folder, **environment):
 
 @pytest.fixture
 def stub(tmp_path):
-    """A folder with gpu.sh and a Python that notes what it is asked for, and fails where a word of $BAD is."""
+    """A folder with gpu.sh and a Python that notes what it is asked for, fails where $BAD is in it, and hangs where
+    $HANGS is."""
     (tmp_path / "bench").mkdir()
     (tmp_path / "bench" / "gpu.sh").write_text((ROOT / "bench" / "gpu.sh").read_text())
     (tmp_path / "python3").write_text(f'''#!/bin/sh
 [ -z "$BAD" ] || case "$*" in *$BAD*) exit 1;; esac
+[ -z "$HANGS" ] || case "$*" in *$HANGS*) exec sleep 60;; esac
 case "$*" in
     *provenance*) echo Card X, commit unknown;;
     *sysconfig*) printf "/lib a\\n/lib b\\n";;
@@ -203,6 +215,38 @@ def test_gpu_sh_without_a_gpu(stub):
     run = gpu_sh(stub, BAD="cuda")
     assert run.returncode == 1 and run.stdout == "" and run.stderr.count("\n") == 1
     assert "finds no GPU; on a CPU run ./run.sh test" in run.stderr and not (stub / "out").exists()
+
+
+def test_gpu_sh_without_pytest(stub):
+    """Kills: a GPU that is paid for while the first stage says that there is no pytest, as where only ./run.sh ran."""
+    run = gpu_sh(stub, BAD="xdist")
+    assert run.returncode == 1 and run.stdout == "" and run.stderr.count("\n") == 1
+    assert "./run.sh test --version installs them" in run.stderr and not (stub / "out").exists()
+
+
+def test_gpu_sh_that_cannot_write(stub):
+    """Kills: stages that run for nothing, and an exit code of 0, where the summary cannot be written."""
+    (stub / "out" / "gpu.md").mkdir(parents=True)
+    run = gpu_sh(stub)
+    assert run.returncode == 1 and "gpu.md: Is a directory" in run.stdout
+    assert "bench.kernels" not in (stub / "calls").read_text()
+
+
+def test_gpu_sh_and_stages_that_hang(stub):
+    """Kills: a limit that a slow stage meets; a stage that hangs, and ends the others or passes."""
+    timeout, real = stub / "timeout", shutil.which("timeout")
+    timeout.write_text(f'''#!/bin/sh
+echo $1 >> {stub}/limits
+shift
+case "$*" in *bench.optimizer*) exec {real} .1 "$@";; esac
+exec "$@"
+''')
+    timeout.chmod(0o755)
+    run = gpu_sh(stub, HANGS="bench.optimizer")
+    assert run.returncode == 1
+    assert (stub / "limits").read_text().split() == ["300", "300", "600", "600", "300", "600"]
+    outcomes = re.findall("^- .*: (passed|failed)", (stub / "out" / "gpu.md").read_text(), re.MULTILINE)
+    assert outcomes == ["passed", "passed", "failed", "passed", "passed", "passed"]
 
 
 @pytest.mark.parametrize("bad", ["", "bench.step", "train_gpt.py"])
