@@ -41,7 +41,7 @@ stage() {  # stage NAME SECONDS COMMAND...
 }
 
 main() {
-    made=$("$python" -c 'import bench; print(bench.provenance())')
+    made=$("$python" -c 'import results; print(results.provenance())')
     printf '# bench/gpu.sh\n\n%s.\n\n' "$made" > "$folder/gpu.md" || return
     stage tests 300 "$python" -m pytest -n 8 --dist load \
         tests/test_{bf16,newton_schulz,cross_entropy,mlp,norm,qkv,fuzz_kernels,banks}.py

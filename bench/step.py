@@ -34,11 +34,12 @@ from triton import KernelInterface
 
 import kernels
 import train_gpt
-from bench import in_turn, markdown, most_memory, override, parse, publish, random_batch, roofline, run, wait
+from bench import in_turn, most_memory, override, parse, random_batch, roofline, run, wait
 from bench.baseline import Unfused
 from bench.kernels import UNKNOWN, clocks
 from bench.optimizer import WARM_UP, make_gradients
 from bench.optimizer import ours as optimizer_of
+from results import markdown, publish
 
 ROUNDS, FIRST, WAITING = 8, 4, 2  # steps that are timed, that are compared, that are timed part by part
 # Of a loss, before the first step and after it: in four steps of @tiny bf16 rounding leaves 1e-7 and 9e-4
@@ -238,7 +239,7 @@ def main(words: list[str]):
     ran = [line for line in train_gpt.facts(hp, place, {}, "").splitlines()
            if line.startswith(("attention", "newton", "norm", "qkv", "mlp", "cross_entropy", "update", "micro_batch"))]
     dist.destroy_process_group()
-    publish("step", words, out,
+    publish("bench.step", words, out,
             f"Medians of {ROUNDS} steps of {hp.batch_tokens:,} random tokens, in turn in one process. {clocks()}. The "
             f"losses of the first {FIRST} steps differ by {difference:.1g} of themselves at most. {graphs} graphs were "
             f"compiled before, none since.", markdown(rows(hp, times, memory)),

@@ -1,17 +1,22 @@
-"""What the README and run.sh tell a person to type."""
+"""What the READMEs and run.sh tell a person to type, and what the READMEs say was found."""
 
+import importlib.util
 import re
 import subprocess
 
+import pytest
 from conftest import ROOT
 
 import train_gpt
 from records.__main__ import parser
+from studies import parity
+
+READMES = [ROOT / folder / "README.md" for folder in (".", "records", "bench", "studies")]
 
 
 def commands(start: str) -> list[list[str]]:
     """The words after `start` in every code line of the READMEs that begins with it."""
-    lines = (ROOT / "README.md").read_text() + (ROOT / "records" / "README.md").read_text()
+    lines = "".join(path.read_text() for path in READMES)
     return [line.split("#")[0].split() for line in re.findall(rf"^ *{re.escape(start)}(.*)$", lines, re.M)]
 
 
@@ -26,6 +31,42 @@ def test_commands_of_the_readme_are_understood():
     assert len(verbs) >= 4
     for words in verbs:
         parser().parse_args(words)
+    for words in commands("python -m studies.parity "):
+        train_gpt.override(parity.parse(words).overrides)
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)
+def test_a_readme_names_what_is_there(path):
+    """Kills: a link, a program or a module that has moved."""
+    text = path.read_text()
+    modules = set(re.findall(r"python -m ([\w.]+\b)", text)) - {"studies.NAME"}
+    assert modules and all(importlib.util.find_spec(module) for module in modules)
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("https://") or (path.parent / link).exists(), link
+    for name in re.findall(r"(?:python|bash|sed -f|`)\s?((?:\w+/)+\w+\.(?:py|sh|sed))", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_every_program_of_bench_and_studies_is_in_its_readme():
+    """Kills: a program that nobody learns of, a figure of one that is gone."""
+    for folder in ("bench", "studies"):
+        text = (ROOT / folder / "README.md").read_text()
+        for path in (ROOT / folder).glob("*.py"):
+            if '__name__ == "__main__"' in path.read_text():
+                assert f"{folder}.{path.stem}" in text or f"[{path.stem}](" in text, path.name
+
+
+def test_quoted_figures_are_those_of_the_results():
+    """Kills: a figure that a newer result has left behind. The text of a link to a result quotes it, rounded."""
+    found = 0
+    for path in READMES:
+        for said, link in re.findall(r"\[([^]]*)\]\(([\w./]*results/[\w./]+\.md)\)", path.read_text()):
+            result = [abs(float(x)) for x in re.findall(r"-?\d*\.?\d+(?:e-?\d+)?", (path.parent / link).read_text())]
+            for figure in re.findall(r"\d*\.?\d+", said):
+                digits = len(figure.partition(".")[2])
+                assert any(f"{x:.{digits}f}" == f"{float(figure):.{digits}f}" for x in result), f"{figure}: {link}"
+                found += 1
+    assert found > 20
 
 
 def test_run_sh_with_gpus(tmp_path):

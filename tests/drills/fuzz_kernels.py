@@ -32,12 +32,14 @@ from torch import Tensor
 from tests.interpreter import DEVICE  # isort: skip, before Triton is imported
 
 import train_gpt
-from bench import RESULTS, markdown, publish
 from kernels.cross_entropy import fused_head_loss, head_loss_reference
 from kernels.mlp import fused_relu2_mlp, relu2_mlp_reference
 from kernels.newton_schulz import newton_schulz_fused, newton_schulz_reference
 from kernels.norm import fused_prenorm, prenorm_reference
 from kernels.qkv import fused_qkv_heads, qkv_heads_reference
+from results import markdown, publish
+
+RESULTS = Path(__file__).parent / "results"
 
 
 class Case(NamedTuple):
@@ -205,14 +207,15 @@ def main(words: list[str]):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=300, metavar="S")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("-o", dest="out", metavar="FOLDER", type=Path, default=RESULTS, help="default: bench/results")
+    parser.add_argument("-o", dest="out", metavar="FOLDER", type=Path, default=RESULTS,
+                        help="default: tests/drills/results")
     args = parser.parse_args(words)
     torch.use_deterministic_algorithms(True, warn_only=True)  # memory that nothing has been written to holds NaN
     table, wrong = rows(measure(args.seed, seconds=args.seconds))
     run = "Interpreted" if DEVICE.type == "cpu" else "Compiled"
-    publish("fuzz_kernels", ["--seconds", f"{args.seconds:g}", "--seed", str(args.seed)], args.out,
+    publish("tests.drills.fuzz_kernels", ["--seconds", f"{args.seconds:g}", "--seed", str(args.seed)], args.out,
             f"{run}, in bf16, {sum(row['cases'] for row in table)} cases.", markdown(table),
-            __doc__.split("\n\n", 2)[2].strip(), *(f"**{line}**" for line in wrong), package="tests.drills")
+            __doc__.split("\n\n", 2)[2].strip(), *(f"**{line}**" for line in wrong))
     if wrong:
         sys.exit("\n".join(f"fuzz_kernels: {line}" for line in wrong))
 

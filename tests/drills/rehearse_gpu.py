@@ -7,7 +7,7 @@ that there is a GPU, has two processes of pytest in place of eight, and trains a
 is real: every command, path, table and summary, the text in its full size, the tests in Triton's interpreter, the
 benches at the size that they take on a CPU. Then it runs once more, with a mistake in the arguments of one bench: that
 stage must be told of as failed, the others must run, and the exit code must be 1. The drill writes
-bench/results/rehearsal.md, after some five minutes on two idle cores.
+tests/drills/results/rehearsal.md, after some five minutes on two idle cores.
 
 What it cannot tell: whether anything that runs on a GPU alone is right.
 """
@@ -22,9 +22,10 @@ from pathlib import Path
 # no GPU, and one thread: two processes of tests with two threads each on two cores come near the limit of their stage
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
-from bench import RESULTS, markdown, provenance  # after PyTorch has been told
+from results import markdown, provenance  # after PyTorch has been told
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).parent / "results"
 STAGES = "tests", "kernels", "optimizer", "step", "text", "training"
 TABLES = {"kernels.md", "optimizer.md", "step.md"}
 SMALL = ["batch_tokens=256", "sequence_length=128", "micro_batch=2", "num_layers=2", "model_dim=64", "head_dim=32",
