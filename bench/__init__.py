@@ -1,12 +1,9 @@
-"""What the benchmarks share: command line, where a number was made, times and memory, tables."""
+"""What the benchmarks share: command line, times and memory."""
 
 import argparse
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -16,24 +13,6 @@ from tqdm import tqdm
 import train_gpt
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def provenance() -> str:
-    """One line: GPU and driver or CPU, threads, torch, Triton, Python, commit; dirty if more than results changed."""
-    if torch.cuda.is_available():
-        driver = train_gpt.output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
-        machine = f"{torch.cuda.get_device_name()}, driver {driver}"
-    else:
-        machine = train_gpt.processor()
-    try:
-        triton = metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        triton = "none"
-    git = "git", "-C", str(train_gpt.HERE)
-    commit = train_gpt.output_of(*git, "describe", "--always") or "unknown"
-    dirty = train_gpt.output_of(*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!*/results/*")
-    return (f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, Triton {triton}, "
-            f"Python {platform.python_version()}, commit {commit}{'-dirty' * bool(dirty)}")
 
 
 def parse(name: str, description: str, words: list[str]) -> tuple[list[str], Path]:
@@ -52,17 +31,6 @@ def run(name: str, main: Callable[[list[str]], None]):
         main(sys.argv[1:])
     except ValueError as error:
         sys.exit(f"bench.{name}: {error}")
-
-
-def publish(name: str, words: list[str], out: Path, *parts: str):
-    """Print the command, its provenance and the parts, and write them to NAME.md, whole."""
-    head = f"# python -m bench.{name} {' '.join(words)}".rstrip()
-    text = "\n\n".join([head, f"{provenance()}.", *parts]) + "\n"
-    out.mkdir(parents=True, exist_ok=True)
-    beside = out / f".{name}.md.{os.getpid()}"
-    beside.write_text(text)
-    beside.replace(out / f"{name}.md")
-    print(text, end="")
 
 
 def override(words: list[str]) -> train_gpt.Hyperparameters:
@@ -113,15 +81,3 @@ def most_memory(work: Callable) -> int:
         held += event.nbytes()
         most = max(most, held)
     return most
-
-
-def shown(value, digits: int = 4) -> str:
-    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
-
-
-def markdown(rows: list[dict]) -> str:
-    """A table of rows with equal keys; columns whose first value is a number are aligned to the right."""
-    head = [key.replace("|", r"\|") for key in rows[0]]
-    rule = ["---:" if isinstance(value, (int, float)) else "---" for value in rows[0].values()]
-    lines = [head, rule] + [[shown(value) for value in row.values()] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

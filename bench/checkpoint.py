@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 import checkpoint
 import train_gpt
-from bench import RESULTS, publish
+from bench import RESULTS
 from checkpoint import Writer, read_checkpoint
+from results import publish
 
 REPEATS = 5
 HP = train_gpt.override(["batch_tokens=128", "sequence_length=128", "val_tokens=128"])
@@ -105,7 +106,7 @@ def main():
              f"| the file is whole after | {row([r[2] + w for r, (_, w) in zip(rows, writings[1:])])}",
              f"| measured: passes with it take longer by | {row([b - a for a, b, _ in rows])}",
              f"| where they take | {row([a for a, _, _ in rows])}"]
-    publish("checkpoint", [], RESULTS, what, "\n".join(lines))
+    publish("bench.checkpoint", [], RESULTS, what, "\n".join(lines))
 
 
 if __name__ == "__main__":

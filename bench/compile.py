@@ -26,12 +26,13 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from aurora import SIMPLE_QUINTIC_12
-from bench import markdown, parse, publish
+from bench import parse
 from kernels.cross_entropy import losses_of_rows, to_gradient_
 from kernels.mlp import activation_gradient, up_projection
 from kernels.newton_schulz import newton_schulz_fused
 from kernels.norm import gradient_of_prenorm
 from kernels.qkv import gradient_of_qkv, norm_and_rotate_
+from results import markdown, publish
 
 # KB of shared memory that a block may have (CUDA C++ Programming Guide, table "Technical Specifications per Compute
 # Capability"): A100, RTX 40 (and 30), H100 and H200, B200, RTX 50
@@ -148,7 +149,7 @@ def main(words: list[str]):
         "launch": r.launch, "kernel": r.kernel, "dtype": r.dtype, "card": f"sm_{r.card}", "constants": r.constants,
         "warps": r.warps, "stages": r.stages, "registers": r.registers, "spilled": r.spilled,
         "shared KB": r.shared // 1024, "limit KB": r.limit // 1024, "matrix unit": r.unit} for r in compiled()])
-    publish("compile", [], out,
+    publish("bench.compile", [], out,
             f"Compiled, not run, by ptxas {knobs.nvidia.ptxas.version}, from sm_100 on "
             f"{knobs.nvidia.ptxas_blackwell.version}. Registers and spilled bytes are a thread's; shared memory is a "
             "block's, limit the most that the card gives a block.", table)

@@ -52,9 +52,10 @@ from triton.runtime.jit import JITFunction
 
 import train_gpt
 from aurora import COMPILED, DIRECTIONS, advance_
-from bench import markdown, parse, publish, roofline, run
+from bench import parse, roofline, run
 from bench.baseline import UnfusedGPT
 from kernels import bf16, cross_entropy, mlp, newton_schulz, norm, qkv
+from results import markdown, publish
 
 CARD = SimpleNamespace(name="NVIDIA H100", type="cuda", index=0, major=9, minor=0, multi_processor_count=132,
                        warp_size=32, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048,
@@ -376,7 +377,7 @@ def main(words: list[str]):
     updates = [] if hp.direction == "adamw" else [
         f"## The update of a stack, beside Newton-Schulz: direction {hp.direction}", markdown(update_rows(hp)),
         "A pass is a read or a write of a stack in fp32."]
-    publish("graph", words, out, "In GB. Written for sm_90, not compiled, not run.",
+    publish("bench.graph", words, out, "In GB. Written for sm_90, not compiled, not run.",
             f"## Moved by a micro-batch of {few} x {hp.sequence_length} tokens",
             in_gb(rows(replace(hp, micro_batch=few))),
             f"## Held by a micro-batch of {hp.micro_batch} x {hp.sequence_length} tokens", in_gb(held),

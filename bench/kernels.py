@@ -30,12 +30,13 @@ from tqdm import tqdm
 
 import train_gpt
 from aurora import SIMPLE_QUINTIC_12
-from bench import markdown, most_memory, parse, publish, roofline, run
+from bench import most_memory, parse, roofline, run
 from kernels.cross_entropy import SOFTCAP, head_loss, head_loss_reference
 from kernels.mlp import relu2_mlp, relu2_mlp_reference
 from kernels.newton_schulz import NEWTON_SCHULZ_CHOICE, NEWTON_SCHULZ_LINES, newton_schulz, newton_schulz_reference
 from kernels.norm import prenorm, prenorm_reference
 from kernels.qkv import qkv_heads, qkv_heads_reference
+from results import markdown, publish
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GPU = DEVICE.type == "cuda"
@@ -372,7 +373,7 @@ def main(words: list[str]):
     contests = [contest for name in names for contest in CONTESTS[name]()]
     found = [r for contest in tqdm(contests, disable=None) for r in rows(contest)]
     missing = [package for package in PEERS if not importlib.util.find_spec(package)]
-    publish("kernels", words, out, f"{clocks()}. Not installed: {', '.join(missing) or 'none'}.", markdown(found),
+    publish("bench.kernels", words, out, f"{clocks()}. Not installed: {', '.join(missing) or 'none'}.", markdown(found),
             *([verdict(found)] if "lines" in names else []))
 
 

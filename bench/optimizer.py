@@ -22,9 +22,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import train_gpt
-from bench import in_turn, markdown, most_memory, override, parse, publish, run
+from bench import in_turn, most_memory, override, parse, run
 from bench.baseline import separate, unfused_optimizers
 from bench.kernels import UNKNOWN, clocks
+from results import markdown, publish
 
 ROUNDS, WARM_UP = 20, 3
 UNFUSED = "published form of aurora"
@@ -122,7 +123,7 @@ def main(words: list[str]):
     directions = [word for word in words if "=" not in word and not word.startswith("@")] or ["muon"]
     hp = override([word for word in words if "=" in word or word.startswith("@")])
     each = {name: replace(hp, direction=name) for name in dict.fromkeys([*directions, "aurora"])}
-    place = train_gpt.join(0, 0, 1)
+    place = train_gpt.join(0, 0, 1, hp.head_dim)
     torch._dynamo.config.recompile_limit = 8 * len(each)  # programs, one a direction and shape: beyond it, eager
     gradients = make_gradients(hp, place.device)
     subjects = {name: ours(hp, gradients, place) for name, hp in each.items()}
@@ -137,7 +138,7 @@ def main(words: list[str]):
     ms = {name: statistics.median(times[WARM_UP:]) for name, times in in_turn(steps, WARM_UP + ROUNDS).items()}
     counts = {name: launched(step) for name, step in steps.items()}
     dist.destroy_process_group()
-    publish("optimizer", words, out,
+    publish("bench.optimizer", words, out,
             f"Medians of {ROUNDS} steps, in turn in one process. {clocks()}. Three steps of aurora and of its "
             f"published form differ by {100 * difference:.1f}% at most in what they add to a weight.",
             markdown([{"optimizer": name, "ms": ms[name], "of aurora's": ms[name] / ms["aurora"],

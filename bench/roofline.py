@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 
 import train_gpt
-from bench import markdown, parse, publish, run
+from bench import parse, run
 from bench.baseline import separate
+from results import markdown, publish
 
 NODE = 8  # GPUs that NVLink connects
 
@@ -406,7 +407,7 @@ def main(words: list[str]):
     work = flops(hp)
     few = [gpus for gpus in (1, 8) if gpus in counts(hp)]
     machines = [{"GPU": name, **{f"on {gpus}, ms": round(predict(hp, name, gpus), 1) for gpus in few}} for name in GPUS]
-    publish("roofline", words, out,
+    publish("bench.roofline", words, out,
             "Predicted, not measured. FLOPs of a step: "
             f"{', '.join(f'{part} {x / 1e12:.4g} TFLOP' for part, x in work.items())}.",
             "## The published programs", markdown(check()),

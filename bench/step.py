@@ -13,6 +13,8 @@ them; groups are sums of torch.profiler's times by names of kernels, or on a CPU
 """
 
 import contextlib
+import importlib
+import pkgutil
 import re
 import statistics
 import time
@@ -28,29 +30,30 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from triton import KernelInterface
 
-import kernels.cross_entropy
-import kernels.mlp
-import kernels.newton_schulz
+import kernels
 import train_gpt
-from bench import in_turn, markdown, most_memory, override, parse, publish, random_batch, roofline, run, wait
+from bench import in_turn, most_memory, override, parse, random_batch, roofline, run, wait
 from bench.baseline import Unfused
 from bench.kernels import UNKNOWN, clocks
 from bench.optimizer import WARM_UP, make_gradients
 from bench.optimizer import ours as optimizer_of
+from results import markdown, publish
 
 ROUNDS, FIRST, WAITING = 8, 4, 2  # steps that are timed, that are compared, that are timed part by part
 # Of a loss, before the first step and after it: in four steps of @tiny bf16 rounding leaves 1e-7 and 9e-4
 FORWARD, TRAINED = 1e-4, 2e-3
 OURS, PUBLISHED = "train_gpt.py", "published form"
-KERNELS = [name for module in (kernels.cross_entropy, kernels.mlp, kernels.newton_schulz)
-           for name in vars(module) if name.endswith("_kernel")]
+KERNELS = [name for file in pkgutil.iter_modules(kernels.__path__)
+           for name, value in vars(importlib.import_module(f"kernels.{file.name}")).items()
+           if isinstance(value, KernelInterface)]
 GROUPS = {  # of what the profiler names; the first that matches. Inductor names a kernel after all that it fuses
     "communication": "nccl|c10d|gloo",
     "Triton kernels of this project": f"^({'|'.join(KERNELS)})$",
     "elementwise, compiled": "^triton_poi",
     "reductions, compiled": "^triton_(red|per)",
-    "attention": "flash|fmha|sdpa|attention",
+    "attention": "flash|fmha|sdpa|attention|cudnn",  # of cuDNN nothing else runs
     "GEMM": "gemm|gemv|nvjet|cutlass|xmma|splitK|aten::(mm|addmm|bmm|baddbmm|mv)$",
     "copies": "Memcpy|Memset|copy|aten::(cat|stack|clone)$|CatArray",
     "reductions": "reduce|norm|aten::(sum|mean|cumsum|log_softmax)|softmax",
@@ -219,7 +222,7 @@ def verdict(times: dict[str, list], memory: dict[str, int], updates: dict[str, f
 def main(words: list[str]):
     words, out = parse("step", __doc__, words)
     hp = override(words)
-    place = train_gpt.join(0, 0, 1)
+    place = train_gpt.join(0, 0, 1, hp.head_dim)
     weights, batch = drawn_weights(hp), random_batch(hp, place.device)
     programs, losses, memory = {}, {}, {}
     for name, make in ((OURS, ours), (PUBLISHED, published)):
@@ -236,7 +239,7 @@ def main(words: list[str]):
     ran = [line for line in train_gpt.facts(hp, place, {}, "").splitlines()
            if line.startswith(("attention", "kernels", "newton", "update", "micro_batch"))]
     dist.destroy_process_group()
-    publish("step", words, out,
+    publish("bench.step", words, out,
             f"Medians of {ROUNDS} steps of {hp.batch_tokens:,} random tokens, in turn in one process. {clocks()}. The "
             f"losses of the first {FIRST} steps differ by {difference:.1g} of themselves at most. {graphs} graphs were "
             f"compiled before, none since.", markdown(rows(hp, times, memory)),

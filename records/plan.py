@@ -7,7 +7,7 @@ from records.sample import Sample
 from records.statistics import NOISE, THRESHOLD, Moments, judge, normal_cdf, smallest, t_cdf
 
 SIZES = (1, 2, 4, 6, 8, 10, 12, 16, 20, 30, 40)
-# By simulation (tests/test_desk_verbs.py): runs whose true mean is the target, judged after every run up to n.
+# By simulation (tests/test_records_verbs.py): runs whose true mean is the target, judged after every run up to n.
 STOPPING = ("note: the rule's p < .001 is for one look. Looked at after every run, it passes runs that are not below "
             "the target in 0.3% of cases by n = 4, 0.5% by 10, 0.8% by 20. Fix n first, or say that runs were added")
 

@@ -1,15 +1,12 @@
 """What the studies share: their command line, and how they publish a table, a picture and a paragraph."""
 
 import argparse
-import csv
-import io
-import os
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from bench import markdown, provenance, shown
+import results
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -32,22 +29,9 @@ def parse(name: str, description: str, words: list[str], trains: bool = False) -
 
 def publish(name: str, args: argparse.Namespace, rows: list[dict], figure: Figure, paragraph: str,
             summary: list[dict] | None = None):
-    """Write NAME.csv (the rows), NAME.png and NAME.md (the paragraph and the summary, or the rows), each whole."""
-    words = [f"python -m studies.{name}", *["--quick"] * args.quick, *args.overrides]
-    machine = f"{provenance()}, matplotlib {matplotlib.__version__}."
-    text = "\n\n".join([f"# {' '.join(words)}", machine, " ".join(paragraph.split()), markdown(summary or rows),
-                        f"![{name}]({name}.png)"]) + "\n"
-    table, picture = io.StringIO(newline=""), io.BytesIO()
-    writer = csv.DictWriter(table, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: shown(value, 6) for key, value in row.items()} for row in rows)
-    figure.savefig(picture, dpi=150, format="png")
-    args.out.mkdir(parents=True, exist_ok=True)
-    for ending, raw in (("csv", table.getvalue().encode()), ("png", picture.getvalue()), ("md", text.encode())):
-        beside = args.out / f".{name}.{ending}.{os.getpid()}"
-        beside.write_bytes(raw)
-        beside.replace(args.out / f"{name}.{ending}")
-    print(text)
+    """Write NAME.csv (the rows), NAME.png and NAME.md (the paragraph and the summary, or the rows)."""
+    results.publish(f"studies.{name}", [*["--quick"] * args.quick, *args.overrides], args.out,
+                    " ".join(paragraph.split()), results.markdown(summary or rows), rows=rows, figure=figure)
 
 
 def style(index: int, of: int) -> dict:

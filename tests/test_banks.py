@@ -1,6 +1,7 @@
 """Banks: an update is the same for every number of ranks, and can be held by a CUDA graph."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,12 +9,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import one_process
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import aurora
 from aurora import DIRECTIONS, Aurora
 from train_gpt import GPT, Place, Replayed, fill, initial_weights, make_banks, override, update
 
 CPU = torch.device("cpu")
+RULES = [*DIRECTIONS, "adamw"]
 # 3 blocks: 12 squares, 3 tall and 3 wide matrices; of the tall ones 4 ranks own 1, 1, 1 and none
 SHAPE = ["num_layers=3", "model_dim=16", "head_dim=8", "vocab_size=64"]
 
@@ -160,29 +166,165 @@ def test_replayed_runs_once_and_then_replays(monkeypatch):
     assert calls == [0, 1] and [g.replays for g in graphs] == [3] and pools == ["pool"]
 
 
-class Devices(TorchDispatchMode):
-    """Where the tensors live that are made meanwhile."""
+def written(function, args, kwargs) -> list[torch.Tensor]:
+    """The tensors that an operator writes to, of its schema."""
+    given = {x.name: value for x, value in zip(function._schema.arguments, args)} | kwargs
+    return [t for x in function._schema.arguments if x.alias_info and x.alias_info.is_write
+            for t in tree_leaves(given.get(x.name)) if isinstance(t, torch.Tensor)]
 
-    def __init__(self):
+
+class Capture(TorchDispatchMode):
+    """Records operators with their tensors; at the end it takes back what they wrote, as in a capture nothing runs."""
+
+    def __init__(self, graph, pool, capture_error_mode):
         super().__init__()
-        self.seen = set()
+        self.calls, self.before = graph.calls, []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        self.seen |= {x.device.type for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)}
+        kwargs = kwargs or {}
+        assert function is not torch.ops.aten._local_scalar_dense.default, "a capture cannot wait for a number"
+        self.before += [(t, t.clone()) for t in written(function, args, kwargs)]
+        out = function(*args, **kwargs)
+        self.calls.append((function, args, kwargs, out))
         return out
 
+    @torch.no_grad()
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for t, value in reversed(self.before):
+            t.copy_(value)
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_an_update_can_be_in_a_cuda_graph(direction):
-    """Kills: a number read from the GPU, a tensor that is built on the CPU and sent.
 
-    The meta device stands for a GPU: what needs a value is an error there.
+class SoftGraph:
+    """A CUDA graph in software: what was captured runs again, on the same memory."""
+
+    def __init__(self):
+        self.calls = []
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, out in self.calls:
+            for mine, anew in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(mine, torch.Tensor) and mine.data_ptr() != anew.data_ptr():  # neither a view nor in place
+                    mine.copy_(anew)
+
+
+@pytest.fixture
+def in_graphs(monkeypatch):
+    """Has banks update as on a GPU, by CUDA graphs in software."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SoftGraph)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+
+    def use(banks):
+        for bank in banks:
+            bank.run = Replayed("pool")
+    return use
+
+
+def all_tensors(banks) -> list[torch.Tensor]:
+    return [t for bank in banks for t in (bank.weights, bank.own.detach(), *bank.optimizer.state[bank.own].values())]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_graph_gives_the_bits_of_eager_updates(rule, in_graphs):
+    """Kills: a rate, a decay or a count of steps that is a constant of the graph, state that is born in the capture and
+    so anew at each replay, a number that is read meanwhile, a gradient that --neurons does not find after a replay, a
+    state() that lacks what replays did, or that a graph of fresh banks does not go on from.
+
+    Six steps at six rates; with graphs, a state goes into fresh banks after the third.
     """
-    p = nn.Parameter(torch.zeros(3, 24, 8, device="meta"))
-    p.grad = torch.zeros_like(p)
-    optimizer = Aurora([p], direction=direction)
-    optimizer.param_groups[0]["lr"] = torch.zeros((), device="meta")
-    with Devices() as devices:
-        optimizer.step()
-    assert devices.seen == {"meta"} and optimizer.state[p]["momentum"].shape == p.shape
+    hp = override([*SHAPE, f"direction={rule}", "weight_decay=0.1", "adam_weight_decay=0.1"])
+
+    def fresh():
+        model = GPT(hp)
+        banks = make_banks(model, hp, Place(0, 1, CPU))
+        fill(banks, initial_weights(model, 0))
+        return banks
+
+    def advance(banks, step: int):
+        for bank in banks:
+            bank.gradients[:bank.count] = gradients(bank, step).sum(0)
+        update(banks, 1 - step / 10)
+
+    with one_process():
+        eager, graphed = fresh(), fresh()
+        in_graphs(graphed)
+        for step in range(6):
+            if step == 3:
+                states = [bank.state() for bank in graphed]
+                graphed = fresh()
+                in_graphs(graphed)
+                for bank, state in zip(graphed, states, strict=True):
+                    bank.load(state)
+            advance(eager, step)
+            advance(graphed, step)
+            assert all(torch.equal(a, b) for a, b in zip(all_tensors(eager), all_tensors(graphed), strict=True))
+            for bank in graphed:
+                assert torch.equal(bank.own.grad, bank.gradients[bank.mine].to(bank.own.dtype))
+            if step % 3 == 0:
+                addresses = [t.data_ptr() for t in all_tensors(graphed)]
+            assert addresses == [t.data_ptr() for t in all_tensors(graphed)]
+
+
+def sliced(x, index):
+    """x[index] of slices, and perhaps an ellipsis, by the operator alone."""
+    index = index if isinstance(index, tuple) else (index, ...)
+    first, last = index[:index.index(...)], index[index.index(...) + 1:]
+    for dim, part in (*enumerate(first), *enumerate(last, -len(last))):
+        x = torch.ops.aten.slice(x, dim, part.start, part.stop)
+    return x
+
+
+class Unguarded(TorchFunctionMode):
+    """Slices and copies by their operators alone: Python's own ask for a guard of the device first, which a PyTorch
+    that is built without CUDA lacks. Fake tensors of a GPU need none."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.__getitem__:
+            return sliced(*args)
+        if function is torch.Tensor.__setitem__:
+            return torch.ops.aten.copy_(sliced(*args[:2]), args[2])
+        return (torch.ops.aten.copy_ if function is torch.Tensor.copy_ else function)(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_update_can_be_in_a_cuda_graph(rule, monkeypatch):
+    """Kills: a number read from the GPU, a tensor that is built on the CPU and sent, AdamW with a rate or a count of
+    steps on the CPU, a bank on a GPU whose update is in no graph, a parameter or gradient that vector instructions
+    cannot read.
+
+    Of the record's shapes, on fake tensors of a GPU: what needs a value is an error there. The compiled update's
+    operators are those of the function that is compiled.
+    """
+    hp = override([f"direction={rule}", "num_layers=2"])
+    place = Place(0, 1, torch.device("cuda", 0))
+    graphs, steps_of_adamw = [], []
+
+    def graph():
+        graphs.append(SimpleNamespace(calls=[], replay=lambda: None))
+        return graphs[-1]
+
+    def fused_adamw(*tensors, lr, **numbers):
+        steps_of_adamw.append([lr, *tree_leaves(tensors)])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch, "_fused_adamw_", fused_adamw)  # it has no fake
+    monkeypatch.setattr(aurora, "compiled_advance", lambda: aurora.advance_)
+    with FakeTensorMode(), Unguarded():
+        banks = make_banks(GPT(hp), hp, place)
+        for _ in range(2):
+            for bank in banks:
+                bank.reduce()
+            update(banks, 0.5)
+        for bank in banks:
+            assert bank.group.get("capturable", True)  # else PyTorch refuses to capture AdamW
+            assert all(t.storage_offset() * t.element_size() % 16 == 0
+                       for slots in (bank.weights, bank.gradients) for t in bank.views(slots))
+    assert len(steps_of_adamw) == 2 * sum(isinstance(bank.optimizer, torch.optim.AdamW) for bank in banks)
+    assert all(isinstance(t, torch.Tensor) for tensors in steps_of_adamw for t in tensors)
+    captured = [graph.calls for graph in graphs]
+    assert len(captured) == len(banks) and all(captured)
+    seen = tree_leaves([captured, steps_of_adamw])
+    assert {t.device for t in seen if isinstance(t, torch.Tensor)} == {place.device}

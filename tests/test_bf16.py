@@ -1,5 +1,5 @@
-"""What bf16 means in a kernel, interpreted too; which path tensors take; and the fp32 detour of CPUs that cannot multiply
-bf16 matrices, against the exact answer rounded once."""
+"""bf16 in a kernel, interpreted too; which path tensors take; and the fp32 detour of CPUs that cannot multiply bf16
+matrices, against the exact answer rounded once."""
 
 import pytest
 import torch
@@ -28,8 +28,8 @@ def cast_by_a_kernel(x, dtype):
 
 
 def test_a_kernel_rounds_to_bf16_as_torch_does():
-    """Kills: a cast that cuts off, takes a tie up or away from zero, loses a carry into the exponent, an infinity, a NaN
-    or a denormal. All upper halves of an fp32 number, with the lower halves around none, a half and one of bf16's unit.
+    """Kills: a cast that cuts off, takes a tie up or away from zero, loses a carry into the exponent, an infinity, a
+    NaN or a denormal. All upper halves of an fp32 number, with lower halves around none, a half and one of bf16's unit.
     """
     high = torch.arange(2**16).repeat(6)
     low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF]).repeat_interleave(2**16)

@@ -16,11 +16,11 @@ import torch
 from conftest import ROOT, start, train
 
 import train_gpt
-from bench import kill
-from bench.kill import checkpoint_of, curve, tensors
 from checkpoint import read_checkpoint, write_checkpoint
 from records.__main__ import main as desk
 from records.log import read
+from tests.drills import kill
+from tests.drills.kill import checkpoint_of, curve, tensors
 
 # The trainer, which sends itself a signal when a function is called for the n-th time.
 SELF_KILL = """
@@ -213,8 +213,8 @@ def test_a_checkpoint_is_of_its_moment(quick, tmp_path, monkeypatch):
 
 def test_killed_at_any_moment(tmp_path):
     """Kills: as above, with two ranks under torchrun's agent, at five moments, some of them within the writing of a
-    checkpoint. `python -m bench.kill` does it fifty times."""
-    code = "import sys; from pathlib import Path; from bench import kill; print(kill.kills(Path(sys.argv[1]), 5))"
+    checkpoint. `python -m tests.drills.kill` does it fifty times."""
+    code = "import sys; from pathlib import Path; from tests.drills import kill; print(kill.kills(Path(sys.argv[1]), 5))"
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, text=True, capture_output=True,
                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, timeout=300)
     assert re.fullmatch(r"\(5, [1-5]\)\n", run.stdout), run.stdout + run.stderr
@@ -228,11 +228,10 @@ def test_run_sh_leaves_a_checkpoint_its_recipe(words, tmp_path):
     for name in ("pip", "python", "torchrun"):
         stub = tmp_path / ".venv" / "bin" / name
         stub.parent.mkdir(parents=True, exist_ok=True)
-        stub.write_text(f'#!/bin/sh\necho "{name} $*" >> calls\n')
+        stub.write_text(f'#!/bin/sh\ncase "$*" in *find_gpus*) echo 0; exit;; esac\necho "{name} $*" >> calls\n')
         stub.chmod(0o755)
     (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")
-    subprocess.run(["bash", "run.sh", *words], cwd=tmp_path, check=True,
-                   env={"PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": ""})
+    subprocess.run(["bash", "run.sh", *words], cwd=tmp_path, check=True, env={"PATH": os.environ["PATH"]})
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[0] == " ".join(["python -m records doctor --", *words])
     assert calls[1].endswith(" ".join(["train_gpt.py", *words])) and "--nproc_per_node=1 " in calls[1]

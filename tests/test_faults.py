@@ -16,10 +16,10 @@ import torch
 from conftest import ROOT, start, train, write_shard
 
 import train_gpt
-from bench.kill import checkpoint_of
 from checkpoint import file_sha256, read_checkpoint, write_checkpoint
 from records.__main__ import main as desk
 from records.log import read
+from tests.drills.kill import checkpoint_of
 
 SHARD = "train_files={here}/train_*.bin"
 RESUME = ["--resume", "logs/run.checkpoint"]

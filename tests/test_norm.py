@@ -10,7 +10,7 @@ from kernels import norm
 from kernels.norm import dprenorm_op, fused_prenorm, prenorm_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# tokens, D: they end within a program, and most within a block; of 8 numbers a block could hold more rows than a program
+# tokens, D: they end within a program, and most within a block; a block could hold more rows of 8 than a program does
 SIZES = [(1, 1), (130, 8), (130, 24), (70, 768), (67, 3000)]
 
 

@@ -1,17 +1,22 @@
-"""What the README and run.sh tell a person to type."""
+"""What the READMEs and run.sh tell a person to type, and what the READMEs say was found."""
 
+import importlib.util
 import re
 import subprocess
 
+import pytest
 from conftest import ROOT
 
 import train_gpt
 from records.__main__ import parser
+from studies import parity
+
+READMES = [ROOT / folder / "README.md" for folder in (".", "records", "bench", "studies")]
 
 
 def commands(start: str) -> list[list[str]]:
     """The words after `start` in every code line of the READMEs that begins with it."""
-    lines = (ROOT / "README.md").read_text() + (ROOT / "records" / "README.md").read_text()
+    lines = "".join(path.read_text() for path in READMES)
     return [line.split("#")[0].split() for line in re.findall(rf"^ *{re.escape(start)}(.*)$", lines, re.M)]
 
 
@@ -26,6 +31,42 @@ def test_commands_of_the_readme_are_understood():
     assert len(verbs) >= 4
     for words in verbs:
         parser().parse_args(words)
+    for words in commands("python -m studies.parity "):
+        train_gpt.override(parity.parse(words).overrides)
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)
+def test_a_readme_names_what_is_there(path):
+    """Kills: a link, a program or a module that has moved."""
+    text = path.read_text()
+    modules = set(re.findall(r"python -m ([\w.]+\b)", text)) - {"studies.NAME"}
+    assert modules and all(importlib.util.find_spec(module) for module in modules)
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("https://") or (path.parent / link).exists(), link
+    for name in re.findall(r"(?:python|bash|sed -f|`)\s?((?:\w+/)+\w+\.(?:py|sh|sed))", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_every_program_of_bench_and_studies_is_in_its_readme():
+    """Kills: a program that nobody learns of, a figure of one that is gone."""
+    for folder in ("bench", "studies"):
+        text = (ROOT / folder / "README.md").read_text()
+        for path in (ROOT / folder).glob("*.py"):
+            if '__name__ == "__main__"' in path.read_text():
+                assert f"{folder}.{path.stem}" in text or f"[{path.stem}](" in text, path.name
+
+
+def test_quoted_figures_are_those_of_the_results():
+    """Kills: a figure that a newer result has left behind. The text of a link to a result quotes it, rounded."""
+    found = 0
+    for path in READMES:
+        for said, link in re.findall(r"\[([^]]*)\]\(([\w./]*results/[\w./]+\.md)\)", path.read_text()):
+            result = [abs(float(x)) for x in re.findall(r"-?\d*\.?\d+(?:e-?\d+)?", (path.parent / link).read_text())]
+            for figure in re.findall(r"\d*\.?\d+", said):
+                digits = len(figure.partition(".")[2])
+                assert any(f"{x:.{digits}f}" == f"{float(figure):.{digits}f}" for x in result), f"{figure}: {link}"
+                found += 1
+    assert found > 20
 
 
 def test_run_sh_with_gpus(tmp_path):
@@ -36,10 +77,10 @@ def test_run_sh_with_gpus(tmp_path):
     (tmp_path / "requirements.txt").write_text("pins\n")
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "newer.txt").touch()
-    for name in ("bin/nvidia-smi", ".venv/bin/pip", ".venv/bin/python", ".venv/bin/torchrun"):
+    for name in (".venv/bin/pip", ".venv/bin/python", ".venv/bin/torchrun"):
         stub = tmp_path / name
         stub.parent.mkdir(parents=True, exist_ok=True)
-        stub.write_text('#!/bin/sh\ncase "$*" in *device_count*) echo 8; exit;; -L) echo GPU 0; exit;; esac\n'
+        stub.write_text('#!/bin/sh\ncase "$*" in *find_gpus*|*device_count*) echo 8; exit;; esac\n'
                         'case "$*" in *--fineweb-shards*) echo 17;; *doctor*) echo well;; *verify*) echo PASS;; esac\n'
                         'case "$0" in *torchrun) echo step; echo log: logs/a.txt;; esac\n'
                         f'echo "{stub.name} $* WORLD_SIZE=$WORLD_SIZE" >> calls\n')
@@ -47,7 +88,7 @@ def test_run_sh_with_gpus(tmp_path):
     (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")
     with open(tmp_path / "said", "w") as said:
         subprocess.run(["bash", "run.sh", "mu=0.9", "--seed", "3"], cwd=tmp_path, check=True, stdout=said,
-                       env={"PATH": f"{tmp_path}/bin:/usr/bin:/bin"})
+                       env={"PATH": "/usr/bin:/bin"})
     assert (tmp_path / "said").read_text() == "well\nstep\nlog: logs/a.txt\nPASS\n"
     assert (tmp_path / "calls").read_text().splitlines() == [
         "python train_gpt.py --fineweb-shards mu=0.9 --seed 3 WORLD_SIZE=",
@@ -65,7 +106,8 @@ def test_run_sh_stops_where_the_doctor_finds_an_end(tmp_path):
     for name in ("pip", "python", "torchrun"):
         stub = tmp_path / ".venv" / "bin" / name
         stub.parent.mkdir(parents=True, exist_ok=True)
-        stub.write_text(f'#!/bin/sh\necho "{name} $*" >> calls\ncase "{name} $*" in *$BAD*) exit 1;; esac\n')
+        stub.write_text('#!/bin/sh\ncase "$*" in *find_gpus*) echo 0; exit;; esac\n'
+                        f'echo "{name} $*" >> calls\ncase "{name} $*" in *$BAD*) exit 1;; esac\n')
         stub.chmod(0o755)
     (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")
     for bad, code, last in (("doctor", 1, "python -m records doctor -- @tiny"), ("torchrun", 1, "train_gpt.py @tiny"),

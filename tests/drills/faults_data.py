@@ -1,9 +1,9 @@
 """What the programs of data/ and the doctor say on a full and on a read-only disk, and what they leave there.
 
-    sudo python -m bench.faults_data      (it mounts small file systems in memory, for which it must be root)
+    sudo python -m tests.drills.faults_data      (it mounts small file systems in memory, for which it must be root)
 
 Each case is a fresh tmpfs of 1 MiB with 1.2 MB of text beside it. Prints a table and writes it to
-bench/results/faults_data.md. Two processes in one folder are in tests/test_data_programs.py.
+tests/drills/results/faults_data.md. Two processes in one folder are in tests/test_data.py.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import RESULTS, publish
+from results import publish
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LOCAL = ["data/local.py", "TEXTS", "--encoding", "bytes", "--val-tokens", "1000", "--out", "DISK/out"]
 FINEWEB = ["data/fineweb.py", "TEXTS/a.txt", "TEXTS/b.txt", "--shard-tokens", "100000", "--out", "DISK/out"]
 DOCTOR = ["-m", "records", "doctor"]
@@ -59,7 +59,8 @@ def main():
                 cells = attempt(words, read_only, Path(folder))
                 table.append(f"| {' '.join(words[:1] if words != DOCTOR else words[1:])} | "
                              f"{'read-only' if read_only else '1 MiB'} | {' | '.join(cells)} |")
-    publish("faults_data", [], RESULTS, "A tmpfs of 1 MiB and 1.2 MB of text; paths are shortened.", "\n".join(table))
+    publish("tests.drills.faults_data", [], Path(__file__).parent / "results",
+            "A tmpfs of 1 MiB and 1.2 MB of text; paths are shortened.", "\n".join(table))
 
 
 if __name__ == "__main__":

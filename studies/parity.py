@@ -1,7 +1,7 @@
 """Does another script of the track train as train_gpt.py does? Same tokens, same schedule, same machine, two curves.
 
     python data/local.py --encoding gpt2 /usr/share /usr/lib/python3      text of this machine, once: 60M tokens or more
-    python -m bench.parity --script OTHER.py [--steps N] [--seeds K] [--pairs] [NAME=VALUE ...]
+    python -m studies.parity --script OTHER.py [--steps N] [--seeds K] [--pairs] [NAME=VALUE ...]
 
 NAME=VALUE are train_gpt.py's; OTHER.py keeps its own recipe as literals, of which a short run changes four: steps,
 validation tokens, interval of evaluations, micro-batch. These edits are shown; a script in which one cannot be made is
@@ -20,13 +20,10 @@ Exit code 0 where parity is accepted, 1 where it is refused, 2 where there is no
 
 import argparse
 import ast
-import csv
 import difflib
 import glob
-import io
 import os
 import re
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -41,10 +38,11 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from bench import provenance
 from records.program import number
 from records.sample import Sample, gather
 from records.statistics import Moments, paired, pooled, t_quantile
+from results import publish
+from studies import RESULTS
 from train_gpt import Hyperparameters, batches_in, find_shards, open_shard, output_of, override
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
@@ -330,19 +328,9 @@ def draw(ours: Sample, other: Sample, result: dict) -> Figure:
     return figure
 
 
-def publish(name: str, out: Path, paragraphs: list[str], rows: list[dict], figure: Figure):
-    """NAME.md, NAME.csv and NAME.png in a folder, each with what it takes to make it again."""
-    machine = f"{processes()} x {provenance()}; load {os.getloadavg()[2]:.1f}."
-    values, picture = io.StringIO(newline=""), io.BytesIO()
-    writer = csv.DictWriter(values, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    figure.savefig(picture, dpi=150, format="png")
-    text = "\n\n".join([paragraphs[0], machine, *paragraphs[1:], f"![{name}]({name}.png)"]) + "\n"
-    out.mkdir(parents=True, exist_ok=True)
-    for ending, raw in (("md", text.encode()), ("csv", values.getvalue().encode()), ("png", picture.getvalue())):
-        (out / f"{name}.{ending}").write_bytes(raw)
-    print(text)
+def conditions() -> str:
+    """How many processes a run has, and what else the machine is doing; as a sentence."""
+    return f"{processes()} process{'es' * (processes() > 1)} a run; load {os.getloadavg()[2]:.1f}."
 
 
 def curves(sample: Sample) -> list[dict]:
@@ -352,7 +340,7 @@ def curves(sample: Sample) -> list[dict]:
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.parity", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog="python -m studies.parity", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="NAME=VALUE | @RECIPE",
                         help=f"of train_gpt.py, after {' '.join(DEFAULTS)}")
@@ -362,8 +350,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--pairs", action="store_true", help="the same seeds for both, and so the same weights")
     parser.add_argument("--runs", type=Path, metavar="FOLDER", help="logs go there (default: a new logs/parity-...); "
                         "runs that it already holds are not repeated")
-    parser.add_argument("-o", dest="out", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER",
-                        help="of the result (default bench/results)")
+    parser.add_argument("-o", dest="out", type=Path, default=RESULTS, metavar="FOLDER",
+                        help="of the result (default studies/results)")
     args = parser.parse_intermixed_args(words)
     if args.seeds < 2:
         parser.error("--seeds: two runs at least, or there is no noise to judge by")
@@ -402,12 +390,12 @@ def main(words: list[str]) -> int:
         result = judge(*samples, args.pairs)
         paragraphs = [tokens, sentence(result), table(result), cost(*samples)]
     except (OSError, ValueError) as error:
-        print(f"bench.parity: {error}", file=sys.stderr)
+        print(f"studies.parity: {error}", file=sys.stderr)
         return 2
-    command = shlex.join(["--script", str(args.script), "--steps", str(args.steps), "--seeds", str(args.seeds),
-                          *["--pairs"] * args.pairs, *args.overrides])
-    publish("parity", args.out, [f"# python -m bench.parity {command}", *paragraphs],
-            curves(samples[0]) + curves(samples[1]), draw(*samples, result))
+    publish("studies.parity", [
+        "--script", str(args.script), "--steps", str(args.steps), "--seeds", str(args.seeds), *["--pairs"] * args.pairs,
+        *args.overrides], args.out, conditions(), *paragraphs,
+        rows=[*curves(samples[0]), *curves(samples[1])], figure=draw(*samples, result))
     return 0 if result["verdict"] else 1
 
 

@@ -1,11 +1,11 @@
 """Kills runs of two processes under torchrun's agent, resumes them, and compares each with one that nobody killed.
 
-    python -m bench.kill [KILLS]      default: 50
+    python -m tests.drills.kill [KILLS]      default: 50
 
 SIGKILL meets the agent and both ranks at once, at a random moment; every other time while a checkpoint is being
 written. Then `--resume` goes on to the end: all tensors of the last checkpoint, the log's lines, the sidecar's losses
 and the neurons' file must be those of the whole run. Then a single rank is killed, and another time stopped: how long
-until the job has ended, and what does a person read? Writes bench/results/kill.md.
+until the job has ended, and what does a person read? Writes tests/drills/results/kill.md.
 
 The processes are forked from this one, which has imported PyTorch already: the rest is what torchrun does.
 """
@@ -28,10 +28,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tqdm import tqdm
 
 import train_gpt
-from bench import RESULTS, publish
 from checkpoint import read_checkpoint
+from results import publish
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
+sys.path.insert(0, str(train_gpt.HERE / "data"))
 from shards import write_shard
 
 STEPS, EVERY = 30, 3
@@ -185,7 +185,7 @@ def main(count: str = "50"):
              "| rank 1 is sent | the job has ended after | what is said | resumed: equal |", "|---|---:|---|---|",
              *(f"| {name} | {seconds:.0f} s | {'<br>'.join(said)} | {'yes' if equal else 'no'} |"
                for (name, (seconds, said)), equal in zip(lost.items(), whole))]
-    publish("kill", [count], RESULTS, what, "\n".join(lines))
+    publish("tests.drills.kill", [count], Path(__file__).parent / "results", what, "\n".join(lines))
 
 
 if __name__ == "__main__":

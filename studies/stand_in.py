@@ -1,4 +1,4 @@
-"""A small trainer in the manner of a public track-3 script: what bench/parity.py compares train_gpt.py with.
+"""A small trainer in the manner of a public track-3 script: what studies/parity.py compares train_gpt.py with.
 
     torchrun --standalone --nproc_per_node=1 stand_in.py [TRIALS]
 

@@ -1,7 +1,7 @@
-"""Which differences would bench/parity.py see? One planted in tests/stand_in.py at a time, K seeds each, on the CPU.
+"""Which differences would parity.py see? One planted in stand_in.py at a time, K seeds each, on the CPU.
 
     python data/local.py --encoding bytes
-    python -m bench.parity_power [--seeds K] [--steps N]
+    python -m studies.parity_power [--seeds K] [--steps N]
 
 Ours, the stand-in and every planted difference run from the initial weights of the same seeds, two at a time, a thread
 each. That gives the effect of a difference more exactly than PARITY can, which is told of no seed:
@@ -24,13 +24,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from bench import parity
 from records.log import Trial
 from records.sample import gather
 from records.statistics import Difference, Moments, normal_cdf, paired, smallest
-from studies import style
+from results import publish
+from studies import RESULTS, parity, style
 
-STAND_IN = parity.ROOT / "tests" / "stand_in.py"
+STAND_IN = Path(__file__).with_name("stand_in.py")
 TURNED = ("b * angle.cos() - a * angle.sin()", "b * angle.cos() + a * angle.sin()")
 PLANTED = {
     "none": [],
@@ -123,13 +123,13 @@ def draw(effects: dict[str, dict[int, Difference]]) -> Figure:
 
 
 def main(words: list[str]):
-    parser = argparse.ArgumentParser(prog="python -m bench.parity_power", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog="python -m studies.parity_power", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, metavar="K", help="default 5")
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="default 100")
     parser.add_argument("--runs", type=Path, default=Path("logs/parity_power"), metavar="FOLDER",
                         help="logs go there; runs that it already holds are not repeated")
-    parser.add_argument("-o", dest="out", type=Path, default=parity.ROOT / "bench" / "results", metavar="FOLDER")
+    parser.add_argument("-o", dest="out", type=Path, default=RESULTS, metavar="FOLDER")
     args = parser.parse_args(words)
     if args.seeds < 2:
         parser.error("--seeds: two at least, or there is no noise to judge by")
@@ -143,13 +143,13 @@ def main(words: list[str]):
     lines += [f"| {' | '.join(map(str, row.values()))} |" for row in table]
     losses = [{"runs": name, "seed": seed, "step": step, "val_loss": loss} for name, trials in runs.items()
               for seed, trial in enumerate(trials) for step, loss in trial.losses.items()]
-    command, reading = f"--seeds {args.seeds} --steps {args.steps}", __doc__.split("\n\n", 2)[2].rstrip()
-    parity.publish("parity_power", args.out, [f"# python -m bench.parity_power {command}", tokens, reading,
-                   "\n".join(lines)], losses, draw(dict(zip(PLANTED, effects))))
+    reading = __doc__.split("\n\n", 2)[2].rstrip()
+    publish("studies.parity_power", ["--seeds", str(args.seeds), "--steps", str(args.steps)], args.out,
+            parity.conditions(), tokens, reading, "\n".join(lines), rows=losses, figure=draw(dict(zip(PLANTED, effects))))
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (OSError, ValueError) as error:
-        sys.exit(f"bench.parity_power: {error}")
+        sys.exit(f"studies.parity_power: {error}")

@@ -1,5 +1,5 @@
-"""bench/parity.py: what it changes in another script, the tokens it lays out, its verdict, and a comparison end to end
-with tests/stand_in.py, a trainer that shares no line with ours. Every test was seen to fail."""
+"""studies/parity.py: what it changes in another script, the tokens it lays out, its verdict, and a comparison end to end
+with studies/stand_in.py, a trainer that shares no line with ours. Every test was seen to fail."""
 
 import random
 from difflib import unified_diff
@@ -9,13 +9,13 @@ import pytest
 from conftest import EOT, ROOT, write_shard
 
 import train_gpt
-from bench import parity, parity_power
 from records import published
 from records.log import Trial, read
 from records.sample import Sample, common_moments
 from records.statistics import Moments
+from studies import parity, parity_power
 
-STAND_IN = ROOT / "tests" / "stand_in.py"
+STAND_IN = ROOT / "studies" / "stand_in.py"
 SOURCE = STAND_IN.read_text()
 HP = parity.hyperparameters(["micro_batch=8", "val_tokens=2048", "val_every=20"], 100)
 SCRIPT = """import torch
@@ -66,7 +66,7 @@ def test_refuses_what_it_cannot_edit(old, new, message, tmp_path, capsys):
     script.write_text(SCRIPT.replace(old, new, 1))
     assert parity.main(["--script", str(script)]) == 2
     out, error = capsys.readouterr()
-    assert not out and error.count("\n") == 1 and error.startswith(f"bench.parity: {script}: {message}")
+    assert not out and error.count("\n") == 1 and error.startswith(f"studies.parity: {script}: {message}")
 
 
 def test_lays_out_tokens(tmp_path):
@@ -207,7 +207,7 @@ def test_the_study_of_a_known_effect():
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
-    """(folder, its words): bench.parity on two runs of 30 steps each of the stand-in, one layer of it, and ours."""
+    """(folder, its words): studies.parity on two runs of 30 steps each of the stand-in, one layer of it, and ours."""
     folder = tmp_path_factory.mktemp("parity")
     source = np.random.default_rng(0)
     words = source.integers(0, 256, (12, 5))
