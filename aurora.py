@@ -412,7 +412,21 @@ class Aurora(torch.optim.Optimizer):
     >>> loss.item() < 0.1
     True
 
-    `direction` is a name in DIRECTIONS; contra=0 and uw_floor=0 switch those two off. `polar` is any function from a
+    `direction` names what is done to the momentum. Contra-Muon (`contra=`) and the update/weight floor (`uw_floor=`) go
+    with every one, and 0 turns them off.
+
+        aurora              polar factor after the rows (of wide matrices: columns) are evened, two rounds, bf16:
+                            release of May 2026, result #17
+        aurora_july         the same for tall matrices only, CANS-12 in fp32: release of July 2026
+        aurora_paper        rows and polar factors in turn, Algorithm 3 of arXiv 2606.27715
+        aurora_wide         wide matrices only, three rounds at .25, Schatten-4 norm: result #30
+        riemannian_aurora   the update of even rows that the gradient favours most, nearly: after the authors' code
+        muon                polar factor
+        normuon             polar factor, then rows scaled by a running mean of their squares: arXiv 2510.05491
+        normuon_lite        the same along the longer side: results #9 to #11
+        u_normuon           polar factor, then all rows given the same length: the blog of Aurora's authors
+
+    `polar` is any function from a
     stack to its polar factors, in place of the direction's own. A convolution's filters can share their memory with
     a matrix that is optimized in their place: m = torch.nn.Parameter(conv.weight.detach().flatten(1)), and before
     each step m.grad = conv.weight.grad.flatten(1).
