@@ -426,10 +426,9 @@ class Aurora(torch.optim.Optimizer):
         normuon_lite        the same along the longer side: results #9 to #11
         u_normuon           polar factor, then all rows given the same length: the blog of Aurora's authors
 
-    `polar` is any function from a
-    stack to its polar factors, in place of the direction's own. A convolution's filters can share their memory with
-    a matrix that is optimized in their place: m = torch.nn.Parameter(conv.weight.detach().flatten(1)), and before
-    each step m.grad = conv.weight.grad.flatten(1).
+    `polar` is any function from a stack to its polar factors, in place of the direction's own. A convolution's filters
+    can share their memory with a matrix that is optimized in their place: m =
+    torch.nn.Parameter(conv.weight.detach().flatten(1)), and before each step m.grad = conv.weight.grad.flatten(1).
 
     Needs, on the rank that owns a matrix, the sum of the ranks' gradients: all-reduce them. Parameters of one shape
     form a stack; each rank owns an equal run of the stack, keeps the state of those matrices alone, in fp32, updates
