@@ -572,8 +572,8 @@ def flatten(path: Path) -> str:
 
     def add(path: Path):
         name, text = path.relative_to(HERE).as_posix(), path.read_text()
-        lines = text.split("\n")
-        for node in ast.walk(ast.parse(text)):
+        lines, tree = text.split("\n"), ast.parse(text)
+        for node in ast.walk(tree):
             needed = local_files(node)
             if not needed and not getattr(node, "level", 0):
                 continue
@@ -585,15 +585,16 @@ def flatten(path: Path) -> str:
                 add(needed[0])
             for i in range(node.lineno - 1, node.end_lineno):
                 lines[i] = f"# {lines[i]}"
-        for word, meaning in names_of(text, name.removesuffix(".py").replace("/", ".")).items():
+        for word, meaning in names_of(text, tree, name.removesuffix(".py").replace("/", ".")).items():
             assert meanings.setdefault(word, meaning) == meaning, (
                 f"{name}: {word} is {meaning} here and {meanings[word]} above; the log's program is one file")
         parts[path] = lines
+        return text, tree
 
-    add(path)
+    text, tree = add(path)
     if len(parts) == 1:
-        return path.read_text()
-    end = ast.parse(path.read_text()).body[0].end_lineno
+        return text
+    end = tree.body[0].end_lineno
     docstring, parts[path] = parts[path][:end], parts[path][end:]
     texts = [f"{'#' * 80}\n#{file.relative_to(HERE).as_posix():^78}#\n{'#' * 80}\n" + "\n".join(lines)
              for file, lines in parts.items()]
@@ -608,11 +609,11 @@ def local_files(node: ast.AST) -> list[Path]:
     return [file for place in places for file in (Path(f"{place}.py"), place / "__init__.py") if file.is_file()]
 
 
-def names_of(text: str, module: str) -> dict[str, str]:
-    """{name: what it stands for} of all that a module defines or imports at its top level."""
+def names_of(text: str, tree: ast.Module, module: str) -> dict[str, str]:
+    """{name: what it stands for} of all that a module, its text parsed to `tree`, defines or imports at its top level."""
     symbols = symtable.symtable(text, module, "exec").get_symbols()
     names = {symbol.get_name(): f"{module}.{symbol.get_name()}" for symbol in symbols if symbol.is_assigned()}
-    for node in ast.parse(text).body:
+    for node in tree.body:
         match node:
             case ast.ImportFrom(source, aliases):
                 names |= {alias.asname or alias.name: f"{source}.{alias.name}" for alias in aliases}

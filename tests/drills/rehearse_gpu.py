@@ -7,7 +7,7 @@ that there is a GPU, has two processes of pytest in place of eight, and trains a
 is real: every command, path, table and summary, the text in its full size, the tests in Triton's interpreter, the
 benches at the size that they take on a CPU. Then it runs once more, with a mistake in the arguments of one bench: that
 stage must be told of as failed, the others must run, and the exit code must be 1. The drill writes
-tests/drills/results/rehearsal.md, after some five minutes on two idle cores.
+tests/drills/results/rehearse_gpu.md, after some five minutes on two idle cores.
 
 What it cannot tell: whether anything that runs on a GPU alone is right.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 # no GPU, and one thread: two processes of tests with two threads each on two cores come near the limit of their stage
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
-from results import markdown, provenance  # after PyTorch has been told
+from results import markdown, provenance, publish  # after PyTorch has been told
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -82,16 +82,12 @@ def main():
     rows, wrong = rehearse()
     more, also_wrong = rehearse("optimizer")
     rows, wrong = rows + more, wrong + also_wrong
-    text = "\n\n".join([
-        "# python -m tests.drills.rehearse_gpu", f"{provenance()}.",
-        "bench/gpu.sh, every stage, without a GPU: tests in Triton's interpreter, benches at the size for a CPU, the "
-        f"text in full, training with {' '.join(SMALL)}. Then with a mistake planted in the arguments of "
-        "bench.optimizer.",
-        markdown(rows),
-        f"Wrong: {'; '.join(wrong)}." if wrong else
-        "As they should be: outcomes, exit codes (0 and 1), tables, logs, summaries."])
-    (RESULTS / "rehearsal.md").write_text(text + "\n")
-    print(text)
+    publish("tests.drills.rehearse_gpu", [], RESULTS,
+            "bench/gpu.sh, every stage, without a GPU: tests in Triton's interpreter, benches at the size for a CPU, the "
+            f"text in full, training with {' '.join(SMALL)}. Then with a mistake planted in the arguments of "
+            "bench.optimizer.", markdown(rows),
+            f"Wrong: {'; '.join(wrong)}." if wrong else
+            "As they should be: outcomes, exit codes (0 and 1), tables, logs, summaries.")
     sys.exit(bool(wrong))
 
 
