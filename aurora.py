@@ -1,21 +1,45 @@
-"""Aurora with Contra-Muon and the update/weight floor, the optimizer of result #17, and its family: Muon, NorMuon,
-U-NorMuon and four more forms of Aurora.
+"""Aurora with Contra-Muon and the update/weight floor, the optimizer of result #17, and its family.
 
-Pure functions first; each takes single matrices (M, N) or stacks (K, M, N) in torch's layout (out_features,
-in_features) and changes none of its inputs. With W a weight, G its gradient, M its momentum, a step is
+An update rule is one line of text. This is result #17's:
 
-    M <- mu M + (1 - mu) G,    N = (1 - mu) G + mu M               Nesterov momentum
-    U  = balanced_polar(N)                                         or the polar factor of another direction
-    U <- contra(U, N)
-    U <- normuon(U)                                                where the direction says so
-    U <- update_weight_floor(U * sqrt(max(1, m / n)), W)
-    W <- (1 - lr wd) W - lr U
+    nesterov(0.95) | aurora(2, 0.5) | contra(0.4) | aspect | floor(0.35) | step
+
+A stage is a pure function of what flows from stage to stage, by the names in its signature:
+
+    G gradient    W weight    U update so far (G at first)    N what U was made of    lr    t number of this step, from 1
+
+It makes U, unless its decorator says otherwise, and returns that and then the state that the decorator declares. What
+is left of its signature are its knobs: numbers, or schedules of the step such as ramp(0.85, 0.95, 0, 300).
+
+    nesterov(mu)                    M <- mu M + (1 - mu) G;  U = N = (1 - mu) G + mu M
+    aurora(iterations, beta)        U <- balanced_polar(U): release of May 2026, result #17
+    aurora_july(iterations, beta)   the same for tall matrices only, CANS-12 in fp32: release of July 2026
+    aurora_paper(iterations, damping)  rows and polar factors in turn: Algorithm 3 of arXiv 2606.27715
+    aurora_wide(iterations, beta)   the same for wide matrices only, Schatten-4 norm: result #30
+    riemannian_aurora(steps, step_size)  nearly the update of even rows that the gradient favours most
+    polar, jordan_polar             U <- polar(U): Muon; by the record's table, by github.com/KellerJordan/Muon's
+    contra(strength)                U <- U - strength/2 N/||N||_2, of the same length
+    normuon(beta2)                  U <- its rows over a running mean of their squares, of the same length
+    normuon_lite(beta2)             the same along the longer side: results #9 to #11
+    u_normuon                       U <- every row of one length
+    aspect                          U <- sqrt(max(1, m / n)) U
+    floor(target)                   U <- U, at least target ||W||_F long
+    decay(rate)                     W <- (1 - lr rate) W
+    step                            W <- W - lr U
+    adamw(beta1, beta2, eps, decay) a rule by itself, of any shape: torch's fused kernel
+
+Functions take single matrices (M, N) or stacks (K, M, N) in torch's layout (out_features, in_features). None changes
+its inputs, but for adamw and those whose name ends in _.
 
 Sources: Muon, github.com/KellerJordan/Muon; Aurora, arXiv 2606.27715 and github.com/tilde-research/aurora-release;
 NorMuon, arXiv 2510.05491; Contra-Muon, nilin.github.io/contra-muon-and-soft-muon; the floor and every epsilon,
 github.com/KellerJordan/modded-nanogpt, records/track_3_optimization, result #17.
 """
 
+import ast
+import difflib
+import inspect
+import re
 from collections.abc import Callable
 from functools import cache, partial
 from typing import NamedTuple
@@ -23,12 +47,16 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
 
 from kernels.newton_schulz import newton_schulz
 
-# the same function, renamed in torch 2.13
-all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+RESULT_17 = "nesterov(0.95) | aurora(2, 0.5) | contra(0.4) | aspect | floor(0.35) | step"
 
+
+########################################
+#            Polar factors             #
+########################################
 
 def chebyshev_cubics(lowest: float, steps: int) -> tuple:
     """(a, b, 0) of the odd cubics a x + b x^3 that, one after the other, bring [lowest, 1] as near to 1 as can be.
@@ -146,9 +174,9 @@ def tall_balanced_polar(G: Tensor, pp_iterations: int = 2, pp_beta: float = 0.5,
     return balanced_polar(G, pp_iterations, pp_beta, polar) if G.size(-2) > G.size(-1) else polar(G)
 
 
-def wide_balanced_polar(G: Tensor, polar=schatten4_polar) -> Tensor:
+def wide_balanced_polar(G: Tensor, pp_iterations: int = 3, pp_beta: float = 0.25, polar=schatten4_polar) -> Tensor:
     """Aurora as in result #30 of track 3: columns of wide G evened, in three milder rounds; polar for all others."""
-    return balanced_polar(G, 3, 0.25, polar) if G.size(-2) < G.size(-1) else polar(G)
+    return balanced_polar(G, pp_iterations, pp_beta, polar) if G.size(-2) < G.size(-1) else polar(G)
 
 
 def paper_balanced_polar(G: Tensor, pp_iterations: int = 2, pp_damping: float = 0.5, polar=cans_polar) -> Tensor:
@@ -230,6 +258,104 @@ def balanced_tangent(U: Tensor, G: Tensor) -> Tensor:
     return G - U @ S - multiplier * U
 
 
+########################################
+#                Stages                #
+########################################
+
+FLOW = ("G", "W", "U", "N", "lr", "t")
+
+
+class BelowOne(float):
+    """The type of a knob in [0, 1), such as the weight of the past in a running mean."""
+
+
+class Stage(NamedTuple):
+    """A pure function, and what a rule must know of it."""
+    name: str
+    function: Callable
+    takes: tuple[str, ...]  # of FLOW, by its signature
+    knobs: dict[str, inspect.Parameter]  # what its signature has beside that and its state
+    makes: tuple[str, ...]  # of FLOW, what it returns first
+    state: dict[str, Callable]  # {name: W -> shape} of what it keeps from step to step, zeros at first
+    captured: bool  # whether a CUDA graph can hold it
+    after: Callable | None  # state -> state, outside of a CUDA graph, once the step's weights are on their way
+    alone: bool  # whether it is a rule by itself, and works in place
+
+
+STAGES: dict[str, Stage] = {}
+
+
+def stage(name: str | None = None, makes=("U",), captured=True, after=None, alone=False, **state: Callable) -> Callable:
+    """Decorator: from here on, update rules can name this function, or its `name`. It stays the function it is.
+
+    @stage(average=whole)
+    def smooth(U, average, beta: BelowOne = 0.9):
+        average = beta * average + (1 - beta) * U
+        return average, average  # U, and then the state
+    """
+    def register(function: Callable) -> Callable:
+        called, parameters = name or function.__name__, inspect.signature(function).parameters
+        knobs = {x: p for x, p in parameters.items() if x not in (*FLOW, *state)}
+        if called in STAGES:  # as where a cell of a notebook runs again
+            Rule.of.cache_clear()
+            compiled_rule.cache_clear()
+        STAGES[called] = Stage(called, function, tuple(x for x in parameters if x in FLOW), knobs, tuple(makes),
+                               state, captured, after, alone)
+        return function
+    return register
+
+
+def whole(W: Tensor) -> torch.Size:
+    return W.shape
+
+
+@stage(makes=("U", "N"), momentum=whole)
+def nesterov(G: Tensor, momentum: Tensor, mu: BelowOne = 0.95) -> tuple[Tensor, Tensor, Tensor]:
+    """Nesterov momentum: M <- mu M + (1 - mu) G; returns (1 - mu) G + mu M, as U and as N, and M."""
+    # lerp would round the last numbers of a tensor, behind its last whole vector register, otherwise than the others:
+    # the result would depend on how a stack is split
+    momentum = mu * momentum + (1 - mu) * G
+    N = (1 - mu) * G + mu * momentum
+    return N, N, momentum
+
+
+@stage("polar")
+def polar_stage(U: Tensor) -> Tensor:
+    """Muon (github.com/KellerJordan/Muon): the polar factor."""
+    return polar(U).to(U.dtype)
+
+
+@stage("jordan_polar")
+def jordan_polar_stage(U: Tensor) -> Tensor:
+    """The polar factor by the quintic of Muon's own code, in bf16."""
+    return jordan_polar(U).to(U.dtype)
+
+
+@stage()
+def aurora(U: Tensor, iterations: int = 2, beta: float = 0.5) -> Tensor:
+    return balanced_polar(U, iterations, beta).to(U.dtype)
+
+
+@stage()
+def aurora_july(U: Tensor, iterations: int = 2, beta: float = 0.5) -> Tensor:
+    return tall_balanced_polar(U, iterations, beta).to(U.dtype)
+
+
+@stage()
+def aurora_paper(U: Tensor, iterations: int = 2, damping: float = 0.5) -> Tensor:
+    return paper_balanced_polar(U, iterations, damping).to(U.dtype)
+
+
+@stage()
+def aurora_wide(U: Tensor, iterations: int = 3, beta: float = 0.25) -> Tensor:
+    return wide_balanced_polar(U, iterations, beta).to(U.dtype)
+
+
+@stage()
+def riemannian_aurora(U: Tensor, steps: int = 3, step_size: float = 0.1) -> Tensor:
+    return riemannian_balanced_polar(U, steps, step_size).to(U.dtype)
+
+
 def spectral_norm(G: Tensor, iterations: int = 5) -> Tensor:
     """Largest singular value of each matrix, shape (..., 1, 1), from below: power iteration from the ones vector."""
     G = G.to(at_least_fp32(G))
@@ -243,19 +369,22 @@ def spectral_norm(G: Tensor, iterations: int = 5) -> Tensor:
     return frobenius((G * v).sum(dim=-1, keepdim=True))
 
 
-def contra(U: Tensor, G: Tensor, strength: float = 0.4) -> Tensor:
-    """Contra-Muon: U - strength/2 * G/||G||_2, scaled back to ||U||_F. It damps the directions that G favours."""
+@stage()
+def contra(U: Tensor, N: Tensor, strength: float = 0.4) -> Tensor:
+    """Contra-Muon: U - strength/2 * N/||N||_2, scaled back to ||U||_F. It damps the directions that N favours."""
     U = U.to(at_least_fp32(U))
-    Z = U - strength / 2 * G / spectral_norm(G).clamp(min=1e-10)
+    Z = U - strength / 2 * N / spectral_norm(N).clamp(min=1e-10)
     return Z * frobenius(U) / frobenius(Z).clamp(min=1e-10)
 
 
+@stage("floor")
 def update_weight_floor(U: Tensor, W: Tensor, target: float = 0.35) -> Tensor:
     """U, scaled up where it is shorter than target * ||W||_F. Stands in for weight decay: it bounds ||W||_F instead."""
     return U * (target * frobenius(W).clamp(min=1e-8) / frobenius(U).clamp(min=1e-8)).clamp(min=1)
 
 
-def normuon(U: Tensor, second_moment: Tensor, beta2: float = 0.95) -> tuple[Tensor, Tensor]:
+@stage(second_moment=lambda W: (*W.shape[:-1], 1))
+def normuon(U: Tensor, second_moment: Tensor, beta2: BelowOne = 0.95) -> tuple[Tensor, Tensor]:
     """NorMuon (arXiv 2510.05491 and its code): rows scaled by a running mean of their squares, ||U||_F kept.
 
     v <- beta2 v + (1 - beta2) mean_j U_ij^2;  Z = U / (sqrt(v) + 1e-10);  returns Z ||U||_F / ||Z||_F and v.
@@ -265,7 +394,8 @@ def normuon(U: Tensor, second_moment: Tensor, beta2: float = 0.95) -> tuple[Tens
     return of_length(frobenius(U), U / (second_moment.sqrt() + 1e-10)), second_moment
 
 
-def normuon_lite(U: Tensor, second_moment: Tensor, beta2: float = 0.95) -> tuple[Tensor, Tensor]:
+@stage(second_moment=lambda W: (W[..., :1] if W.size(-2) >= W.size(-1) else W[..., :1, :]).shape)
+def normuon_lite(U: Tensor, second_moment: Tensor, beta2: BelowOne = 0.95) -> tuple[Tensor, Tensor]:
     """NorMuon as results #9, #10 and #11 of track 3 have it: the square root's argument is at least 1e-10."""
     U, second_moment = with_mean_square(U, second_moment, beta2)
     return of_length(frobenius(U), U / second_moment.clamp(min=1e-10).sqrt()), second_moment
@@ -281,6 +411,7 @@ def of_length(length: Tensor, Z: Tensor) -> Tensor:
     return Z * length / frobenius(Z).clamp(min=1e-10)
 
 
+@stage()
 def u_normuon(U: Tensor) -> Tensor:
     """U-NorMuon, without state: every row of a polar factor gets the length that even rows have, min(1, sqrt(n / m)).
 
@@ -291,6 +422,454 @@ def u_normuon(U: Tensor) -> Tensor:
     U = U.to(at_least_fp32(U))
     return min(1, n / m) ** 0.5 * U / row_norms(U).clamp(min=1e-10)
 
+
+@stage()
+def aspect(U: Tensor) -> Tensor:
+    """sqrt(max(1, m / n)) U: Muon's factor for a tall matrix, whose polar factor has smaller entries."""
+    return U * max(1, U.size(-2) / U.size(-1)) ** 0.5
+
+
+@stage(makes=("W",))
+def decay(W: Tensor, lr, rate: float) -> Tensor:
+    """(1 - lr rate) W: weight decay, decoupled."""
+    return (1 - lr * rate) * W
+
+
+@stage(makes=("W",))
+def step(W: Tensor, U: Tensor, lr) -> Tensor:
+    """W - lr U."""
+    return W - lr * U
+
+
+@stage(makes=("W",), alone=True, exp_avg=whole, exp_avg_sq=whole)
+def adamw(W: Tensor, G: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr, t,
+          beta1: BelowOne = 0.9, beta2: BelowOne = 0.999, eps: float = 1e-8, decay: float = 0.01):
+    """AdamW (arXiv 1711.05101), in place: torch's fused kernel, which a chain of operations would take 6 times as long
+    to equal on a CPU. State is in W's dtype, as torch's. `t` is a tensor on W's device."""
+    # matrix by matrix: on a CPU the last numbers of a tensor round otherwise, and a stack must round as its matrices do
+    tensors = [list(X) if X.ndim == 3 else [X] for X in (W, G, exp_avg, exp_avg_sq)]
+    torch_adamw(*tensors, [], [t - 1 for _ in tensors[0]], fused=True, capturable=W.is_cuda, amsgrad=False,
+                lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=decay, maximize=False)
+
+
+########################################
+#             Update rules             #
+########################################
+
+def ramp(step: int, before, after, start: int, stop: int) -> float:
+    """`before` up to step `start`, `after` from step `stop` on, linear between."""
+    return before + (after - before) * min(1.0, max(0.0, (step - start) / (stop - start)))
+
+
+SCHEDULES = {"ramp": ramp}  # functions of the number of steps done; those arguments without a type are values of the knob
+
+
+class Part(NamedTuple):
+    stage: Stage
+    knobs: dict[str, float | Callable[[int], float]]  # numbers are constants of the compiled program
+
+
+class Rule(NamedTuple):
+    """An update rule: the stages that a line of text names, in its order."""
+    text: str
+    parts: tuple[Part, ...]
+
+    @classmethod
+    @cache
+    def of(cls, text: str) -> "Rule":
+        """Reads a rule, and runs nothing of it. ValueError, in one line, names what is wrong and the nearest right word."""
+        parts = tuple(read_part(node) for node in chain(text))
+        names, made = [part.stage.name for part in parts], set(FLOW) - {"N"}
+        for i, (stage, _) in enumerate(parts):
+            if stage.name in names[:i]:
+                raise ValueError(f"{stage.name} stands twice in {text!r}: once is enough")
+            if stage.alone and len(parts) > 1:
+                raise ValueError(f"{stage.name} is a rule by itself: no other stage can stand beside it")
+            if missing := set(stage.takes) - made:
+                raise ValueError(f"{stage.name} needs {missing.pop()}, which no stage before it makes: nesterov does")
+            if "step" in names[:i] and "W" not in stage.makes:
+                raise ValueError(f"{stage.name} stands after step, where its update is of no use: put it before step")
+            made |= set(stage.makes)
+        if not any("W" in stage.makes and ("U" in stage.takes or stage.alone) for stage, _ in parts):
+            raise ValueError(f"{text!r} does not move the weight: end it with | step")
+        return cls(text, parts)
+
+    @property
+    def alone(self) -> bool:
+        return self.parts[0].stage.alone
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph can hold it."""
+        return all(stage.captured for stage, _ in self.parts)
+
+    def state(self, W: Tensor) -> dict[str, Tensor]:
+        """{stage.name: zeros} of all that its stages keep of a stack, in fp32 or better; AdamW's in W's own dtype."""
+        dtype = W.dtype if self.alone else at_least_fp32(W)
+        return {f"{stage.name}.{name}": torch.zeros(shape(W), dtype=dtype, device=W.device)
+                for stage, _ in self.parts for name, shape in stage.state.items()}
+
+    def at(self, step: int) -> dict[str, float]:
+        """{stage.knob: value} of the knobs that a schedule changes, after `step` steps."""
+        return {f"{stage.name}.{name}": value(step) for stage, knobs in self.parts
+                for name, value in knobs.items() if callable(value)}
+
+    def advance_(self, W: Tensor, G: Tensor, state: dict[str, Tensor], knobs: dict):
+        """A step of a stack, in place: on a GPU in one call of a compiled program, on a CPU in parts, so that what a
+        step needs beyond the weights does not grow with depth. `knobs`: lr, t and at(step), on a GPU 0-d tensors."""
+        if self.alone:
+            (adam, numbers), = self.parts
+            kept = {name: state[f"{adam.name}.{name}"] for name in adam.state}
+            adam.function(W=W, G=G, lr=knobs["lr"], t=knobs["t"], **kept, **numbers)
+        elif W.is_cuda:
+            compiled_rule(self.text)(W, G, state, knobs)
+        else:
+            for w, g, *kept in zip(*(x.split(at_once(W)) for x in (W, G, *state.values()))):
+                advance_(self, w, g, dict(zip(state, kept)), knobs)
+
+    def after_(self, state: dict[str, Tensor]):
+        """The stages' second parts, in place: what no CUDA graph can hold, and the next step alone needs."""
+        for stage, _ in self.parts:
+            if stage.after:
+                kept = {name: state[f"{stage.name}.{name}"] for name in stage.state}
+                for name, value in stage.after(**kept).items():
+                    kept[name].copy_(value)
+
+
+def advance_(rule: Rule, W: Tensor, G: Tensor, state: dict[str, Tensor], knobs: dict):
+    """A step of a stack by a rule, stage by stage. W and the state are overwritten."""
+    dtype = at_least_fp32(W)
+    flow = dict(G=G.to(dtype), U=G.to(dtype), W=W.to(dtype), lr=knobs["lr"], t=knobs["t"])
+    for stage, numbers in rule.parts:
+        kept = [f"{stage.name}.{name}" for name in stage.state]
+        inputs = {name: flow[name] for name in stage.takes} | dict(zip(stage.state, [state[name] for name in kept]))
+        for name, value in numbers.items():
+            inputs[name] = knobs[f"{stage.name}.{name}"] if callable(value) else value
+        made = stage.function(**inputs)
+        made = made if isinstance(made, tuple) else (made,)
+        assert len(made) == len(stage.makes) + len(kept), f"{stage.name} returns {len(made)} values"
+        flow |= dict(zip(stage.makes, made))
+        for name, value in zip(kept, made[len(stage.makes):]):
+            state[name].copy_(value)
+    W.copy_(flow["W"])
+
+
+COMPILED = {"realize_reads_threshold": 1}  # has Inductor store N: else each reader of N computes it anew
+
+
+@cache
+def compiled_rule(text: str) -> Callable:
+    """advance_ by a rule in few kernels: result #17's are some 40, which read or write the stack 28 times
+    (bench/graph.py counts them). Operation by operation it would be several times as often."""
+    return torch.compile(partial(advance_, Rule.of(text)), dynamic=False, options=COMPILED)
+
+
+def at_once(stack: Tensor) -> int:
+    """How many matrices of a stack are updated in one call: on a GPU all, on a CPU as many as have 3.5 million numbers."""
+    return len(stack) if stack.is_cuda else max(1, 6 * 768 * 768 // (stack.size(1) * stack.size(2)))
+
+
+def chain(text: str) -> list[ast.expr]:
+    """'a(1) | b' as the nodes of a(1) and b."""
+    node, nodes = parse_expression(text, "nesterov(0.95) | polar | aspect | step"), []
+    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        nodes.append(node.right)
+        node = node.left
+    return [node, *reversed(nodes)]
+
+
+def parse_expression(text: str, example: str) -> ast.expr:
+    if len(text) > 1000:
+        raise ValueError(f"an update rule has at most 1000 characters, this one {len(text)}")
+    try:
+        if not re.fullmatch(r"[\w.,=()|+ -]*", text, re.ASCII):
+            raise ValueError
+        node = ast.parse(text.strip(), mode="eval").body
+        if depth(node) > 100:  # ast.unparse, which the messages below need, recurses
+            raise ValueError
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise ValueError(f"{text!r} is not understood: write it as {example}") from None
+    return node
+
+
+def depth(node: ast.AST) -> int:
+    level, levels = [node], 0
+    while level:
+        level, levels = [child for x in level for child in ast.iter_child_nodes(x)], levels + 1
+    return levels
+
+
+def nearest(word: str, words) -> str:
+    return difflib.get_close_matches(word, words, n=1, cutoff=0)[0]
+
+
+def read_part(node: ast.expr) -> Part:
+    name, arguments = read_call(node, STAGES, "stage")
+    stage, where = STAGES[name], ast.unparse(node)
+    types = {x: float if p.annotation is p.empty else p.annotation for x, p in stage.knobs.items()}
+    required = [x for x, p in stage.knobs.items() if p.default is p.empty]
+    given = bind(where, name, arguments, list(types), required)
+    return Part(stage, {x: schedule_or_number(f"{where}: {x}", value, types[x], stage) for x, value in given.items()})
+
+
+def read_call(node: ast.expr, known: dict, kind: str) -> tuple[str, list[tuple[str | None, ast.expr]]]:
+    """Name and (name or None, value) of the arguments of f(1, b=2), or of f alone."""
+    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+    name = ast.unparse(call.func)
+    if name not in known:
+        raise ValueError(f"there is no {kind} {name!r}; the nearest is {nearest(name, known)!r}")
+    return name, [(None, x) for x in call.args] + [(x.arg, x.value) for x in call.keywords]
+
+
+def bind(where: str, name: str, arguments: list, names: list[str], required: list[str]) -> dict[str, ast.expr]:
+    """{name: value} of the arguments of a stage or schedule."""
+    bound, takes = {}, f"it takes {', '.join(names)}" if names else "it takes nothing"
+    for i, (key, value) in enumerate(arguments):
+        if key is None and i >= len(names):
+            raise ValueError(f"{where}: that is more than {name} takes; {takes}")
+        key = key or names[i]
+        if key not in names:
+            raise ValueError(f"{where}: {name} has no {key!r}; "
+                             + (f"the nearest is {nearest(key, names)!r}" if names else takes))
+        if key in bound:
+            raise ValueError(f"{where}: {key} is given twice")
+        bound[key] = value
+    for key in required:
+        if key not in bound:
+            raise ValueError(f"{where}: {key} is missing; {takes}")
+    return bound
+
+
+def schedule_or_number(where: str, node: ast.expr, kind: type, stage: Stage) -> float | Callable[[int], float]:
+    if not isinstance(node, ast.Call):
+        return number(where, node, kind)
+    name, arguments = read_call(node, SCHEDULES, "schedule")
+    if kind is int or stage.alone:
+        raise ValueError(f"{where} is a constant of the program: it takes a number, not {name}(...)")
+    parameters = list(inspect.signature(SCHEDULES[name]).parameters.values())[1:]
+    types = {p.name: kind if p.annotation is p.empty else p.annotation for p in parameters}
+    given = bind(where, name, arguments, list(types), list(types))
+    values = {x: number(f"{where}: {x}", value, types[x], least=0) for x, value in given.items()}
+    if not values.get("start", 0) < values.get("stop", 1):
+        raise ValueError(f"{where}: start={values['start']} is not before stop={values['stop']}")
+    return partial(SCHEDULES[name], **values)
+
+
+def number(where: str, node: ast.expr, kind: type, least: int = 1) -> float:
+    """A literal, of the knob's type: whole and at least `least`, or in [0, 1), or finite and not negative."""
+    try:
+        value = ast.literal_eval(node)
+    except (ValueError, TypeError, MemoryError, RecursionError):
+        value = None
+    if kind is int:
+        right, words = type(value) is int and least <= value < 2**31, f"a whole number, at least {least}"
+    elif kind is BelowOne:
+        right, words = type(value) in (int, float) and 0 <= value < 1, "a number at least 0 and below 1"
+    else:
+        right, words = type(value) in (int, float) and 0 <= value < 1e30, "a number, finite and not negative"
+    if not right:
+        raise ValueError(f"{where} is {words}, not {ast.unparse(node)}")
+    return int(value) if kind is int else float(value)
+
+
+def with_knob(text: str, name: str, knob: str, value: str) -> str:
+    """A rule's text with another value of a stage's knob. ValueError as Rule.of."""
+    nodes, new = chain(text), parse_expression(value, "a number or a schedule")
+    index = [read_call(node, STAGES, "stage")[0] for node in nodes].index(name)
+    _, arguments = read_call(nodes[index], STAGES, "stage")
+    names = list(STAGES[name].knobs)
+    bound = bind(name, name, arguments, names, []) | bind(f"{name}.{knob}={value}", name, [(knob, new)], names, [])
+    in_order = [x for x in names if x in bound]
+    positional = in_order if in_order == names[:len(in_order)] else []
+    nodes[index] = ast.Call(ast.Name(name), [bound[x] for x in positional],
+                            [ast.keyword(x, bound[x]) for x in in_order if x not in positional])
+    changed = " | ".join(ast.unparse(node) for node in nodes)
+    Rule.of(changed)
+    return changed
+
+
+########################################
+#               Sharing                #
+########################################
+
+# the same functions, renamed in torch 2.13
+all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+reduce_scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+
+
+class Shares(NamedTuple):
+    """Slots, such as the matrices of a stack, shared out over the ranks: each owns an equal run of them, of `share`
+    slots. Tensors of slots are padded to rank * share, so the last ranks may own padding, or nothing else."""
+    count: int
+    share: int
+    rank: int
+    world: int
+
+    @classmethod
+    def of(cls, count: int, multiple: int = 1) -> "Shares":
+        """Of the ranks of the default process group; one rank where there is none. `multiple` divides a share."""
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        return cls(count, -(-count // (world * multiple)) * multiple, rank, world)
+
+    @property
+    def mine(self) -> slice:
+        return slice(self.rank * self.share, (self.rank + 1) * self.share)
+
+    @property
+    def padded(self) -> int:
+        return self.world * self.share
+
+    def reduce(self, slots: Tensor):
+        """Start to sum over ranks what each owns, in place. None where there is one rank: gloo would still copy, in a
+        thread that competes for the cores (on two cores a step of the tiny recipe took 166 ms, not 118)."""
+        return reduce_scatter(slots[self.mine], slots, async_op=True) if self.world > 1 else None
+
+    def gather(self, slots: Tensor):
+        """Start to send what each owns to all ranks, in place; None where there is one rank."""
+        return all_gather(slots, slots[self.mine], async_op=True) if self.world > 1 else None
+
+    def take(self, slots: Tensor) -> Tensor:
+        """This rank's run of `count` slots, with zeros for padding."""
+        mine = slots[self.mine]
+        return torch.cat([mine, mine.new_zeros(self.share - len(mine), *mine.shape[1:])])
+
+
+########################################
+#             torch.optim              #
+########################################
+
+class Aurora(torch.optim.Optimizer):
+    """An update rule as a member of torch.optim, for the 2-D weights of hidden layers. Defaults: result #17.
+
+    >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 32), torch.nn.Flatten(),
+    ...                             torch.nn.Linear(128, 256), torch.nn.ReLU(), torch.nn.Linear(256, 100))
+    >>> matrices = [layer.weight for layer in (model[2], model[4])]
+    >>> others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    >>> optimizers = [Aurora(matrices, lr=0.02), torch.optim.AdamW(others, lr=0.01)]
+    >>> cooldown = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.1, 50) for o in optimizers]
+    >>> inputs, targets = torch.randint(100, (64, 4)), torch.arange(64)
+    >>> for step in range(50):
+    ...     loss = torch.nn.functional.cross_entropy(model(inputs), targets)
+    ...     loss.backward()  # then all-reduce the gradients, if there are several processes
+    ...     for part in optimizers + cooldown:
+    ...         part.step()
+    ...     model.zero_grad()
+    >>> loss.item() < 0.1
+    True
+
+    `update` is a rule of the language at the head of this file, checked when the group is added; groups may have rules of
+    their own. A convolution's filters can share their memory with a matrix that is optimized in their place: m =
+    torch.nn.Parameter(conv.weight.detach().flatten(1)), and before each step m.grad = conv.weight.grad.flatten(1).
+
+    Needs, on the rank that owns a matrix, the sum of the ranks' gradients: all-reduce them. Parameters of one shape
+    form a stack; each rank owns an equal run of the stack, keeps the state of those matrices alone, in fp32, updates
+    them in batched calls, and gathers the others' weights. The number of ranks changes no bit of the result on the
+    CPU, and on GPUs nothing but what a batched product may round differently for another size of stack. On a GPU the
+    first step compiles, for each shape of a stack. Gradients are not changed. state_dict() is a collective: every rank
+    calls it, each gets the whole, and any number of ranks can load it.
+    """
+
+    def __init__(self, params, lr: float = 0.0375, update: str = RESULT_17):
+        super().__init__(params, dict(lr=lr, update=update))
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        Rule.of(group["update"])
+        for p in group["params"]:
+            if p.ndim != 2:
+                raise ValueError(f"Aurora updates matrices, got a parameter of shape {tuple(p.shape)}: give vectors "
+                                 "and embeddings to AdamW, and convolutions as matrices (see Aurora's docstring)")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        travelling = []  # one stack's weights travel while the next one is computed
+        for group in self.param_groups:
+            for params in stacks(group["params"]):
+                if all(p.grad is None for p in params):
+                    continue
+                shares = Shares.of(len(params))
+                weights = params[0].new_empty(shares.padded, *params[0].shape)
+                moving = {}  # by the number of their steps: parameters without a gradient stand still
+                for new, p in zip(weights[shares.mine], params[shares.mine]):
+                    if p.grad is not None:
+                        moving.setdefault(self.state[p].get("step", 0), []).append((new, p))
+                for steps, pairs in moving.items():
+                    for k in range(0, len(pairs), at_once(weights)):
+                        self._update(*zip(*pairs[k:k + at_once(weights)]), steps, group)
+                travelling.append((params, weights, shares.gather(weights)))
+                if len(travelling) > 1:
+                    arrive(*travelling.pop(0))
+        for stack in travelling:
+            arrive(*stack)
+        return loss
+
+    def _update(self, out, params, steps: int, group):
+        """Put the new weights of parameters of one shape, each after `steps` steps, into `out`."""
+        rule = Rule.of(group["update"])
+        W = torch.stack(params)
+        knobs = dict(lr=group["lr"], t=torch.tensor(steps + 1.0, device=W.device)) | rule.at(steps)
+        if W.is_cuda:  # a number would be a constant of the program, which would be compiled again for the next one
+            knobs = {name: torch.as_tensor(x, dtype=torch.float32, device=W.device) for name, x in knobs.items()}
+        for p in params:
+            self.state[p] = self.state[p] or rule.state(p)
+        state = {name: torch.stack([self.state[p][name] for p in params]) for name in self.state[params[0]] if name != "step"}
+        rule.advance_(W, torch.stack([p.grad for p in params]), state, knobs)
+        rule.after_(state)
+        torch._foreach_copy_(list(out), list(W))
+        for p in params:
+            self.state[p]["step"] = steps + 1
+        for name, x in state.items():
+            torch._foreach_copy_([self.state[p][name] for p in params], list(x))
+
+    def state_dict(self) -> dict:
+        whole = super().state_dict()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            shares = [None] * dist.get_world_size()
+            # by way of the CPU: a tensor would be unpacked on the sender's GPU
+            mine = {index: {name: x.cpu() if isinstance(x, Tensor) else x for name, x in state.items()}
+                    for index, state in whole["state"].items()}
+            dist.all_gather_object(shares, mine)
+            # this rank's own come last, for they are where the parameters are
+            whole["state"] = {index: state for share in shares for index, state in share.items()} | whole["state"]
+        return whole
+
+    def load_state_dict(self, state_dict: dict):
+        super().load_state_dict(state_dict)
+        # torch casts state to the parameter's dtype, bf16 perhaps, and gives every rank the state of all
+        params = [p for group in self.param_groups for p in group["params"]]
+        owned = {p for group in self.param_groups for stack in stacks(group["params"])
+                 for p in stack[Shares.of(len(stack)).mine]}
+        self.state.clear()
+        for index, state in state_dict["state"].items():
+            if (p := params[index]) in owned:
+                self.state[p] = {name: x.to(p.device, copy=True) if isinstance(x, Tensor) else x
+                                 for name, x in state.items()}
+
+
+def stacks(params) -> list[list]:
+    """Lists of parameters that are alike in shape, dtype and device; the largest matrices first."""
+    alike = {}
+    for p in params:
+        alike.setdefault((p.shape, p.dtype, p.device), []).append(p)
+    return sorted(alike.values(), key=lambda stack: -stack[0].numel())
+
+
+def arrive(params, weights: Tensor, work):
+    """Put gathered weights into the parameters that have a gradient."""
+    if work is not None:
+        work.wait()
+    moved = [(p, w) for p, w in zip(params, weights) if p.grad is not None]
+    torch._foreach_copy_(*map(list, zip(*moved)))
+
+
+########################################
+#             Diagnostics              #
+########################################
 
 def leverage_scores(X: Tensor) -> Tensor:
     """diag(X (X^T X)^-1 X^T), shape (..., M): squared row norms of X's polar factor, by QR. In [0, 1], of sum rank X.
@@ -318,259 +897,3 @@ def alignment(U: Tensor, G: Tensor) -> Tensor:
     """<G, U> / ||G||_*: first-order decrease per unit of spectral norm, 1 for the polar factor of G and below else."""
     G = G.to(at_least_fp32(G))
     return (G * U).sum(dim=(-2, -1)) / torch.linalg.matrix_norm(G, "nuc")
-
-
-def muon(G: Tensor, polar=polar) -> Tensor:
-    """Muon (github.com/KellerJordan/Muon): the polar factor."""
-    return polar(G)
-
-
-class Direction(NamedTuple):
-    """What of a step differs between the optimizers of this family."""
-    factor: Callable  # (N, polar=its publication's) -> U
-    normalise: Callable | None = None  # after contra: U -> U, or (U, second moment) -> both
-    second_moment: Callable | None = None  # (m, n) -> its shape, where `normalise` keeps one
-    balances: bool = False  # `factor` takes pp_iterations and pp_beta
-
-
-DIRECTIONS = {
-    "aurora": Direction(balanced_polar, balances=True),  # result #17
-    "aurora_july": Direction(tall_balanced_polar, balances=True),
-    "aurora_paper": Direction(paper_balanced_polar),
-    "aurora_wide": Direction(wide_balanced_polar),  # result #30
-    "riemannian_aurora": Direction(riemannian_balanced_polar),
-    "muon": Direction(muon),
-    "normuon": Direction(partial(muon, polar=jordan_polar), normuon, lambda m, n: (m, 1)),
-    # results #9, #10 and #11: along the longer side
-    "normuon_lite": Direction(muon, normuon_lite, lambda m, n: (m, 1) if m >= n else (1, n)),
-    "u_normuon": Direction(muon, u_normuon),
-}
-
-
-def check_direction(name: str, pp_iterations: int, pp_beta: float):
-    """ValueError for an unknown name, and for pp_iterations or pp_beta changed where a direction has none."""
-    if name not in DIRECTIONS:
-        raise ValueError(f"direction={name!r}: it is one of {', '.join(DIRECTIONS)}")
-    if not DIRECTIONS[name].balances and (pp_iterations, pp_beta) != (2, 0.5):
-        raise ValueError(f"pp_iterations={pp_iterations} pp_beta={pp_beta} have no meaning for direction={name!r}: "
-                         f"they belong to {' and '.join(d for d in DIRECTIONS if DIRECTIONS[d].balances)}")
-
-
-def advance_(weight: Tensor, gradient: Tensor, momentum: Tensor, lr, weight_decay, mu, direction: str, options: dict,
-             contra_strength: float, uw_floor: float, second_moment: Tensor | None = None):
-    """A step, as at the head of this file, of a stack; all but the gradient are overwritten."""
-    way, (m, n) = DIRECTIONS[direction], weight.shape[-2:]
-    G = gradient.to(momentum.dtype)
-    # products and sums, not lerp: it rounds otherwise what is left over where a CPU's vector registers end
-    momentum.mul_(mu).add_((1 - mu) * G)
-    N = (1 - mu) * G + mu * momentum
-    U = way.factor(N, **options).to(N.dtype)
-    if contra_strength:
-        U = contra(U, N, contra_strength)
-    if way.second_moment:
-        U, moments = way.normalise(U, second_moment)
-        second_moment.copy_(moments)
-    elif way.normalise:
-        U = way.normalise(U)
-    W = weight.to(N.dtype)
-    U = update_weight_floor(U * max(1, m / n) ** 0.5, W, uw_floor)
-    weight.copy_((1 - lr * weight_decay) * W - lr * U)
-
-
-COMPILED = {"realize_reads_threshold": 1}  # N is written once: else its two operands are read in place of it, each time
-
-
-@cache
-def compiled_advance() -> Callable:
-    """advance_ in some 40 kernels that read or write the stack 28 times (bench/graph.py counts them); operation by
-    operation it would be several times as often."""
-    return torch.compile(advance_, dynamic=False, options=COMPILED)
-
-
-def at_once(stack: Tensor) -> int:
-    """How many matrices of a stack are updated in one call: on a GPU all. On a CPU as many as have 3.5 million numbers:
-    what a step needs beyond the weights does not grow with depth."""
-    return len(stack) if stack.is_cuda else max(1, 6 * 768 * 768 // (stack.size(1) * stack.size(2)))
-
-
-class Aurora(torch.optim.Optimizer):
-    """The update rule at the head of this file, for the 2-D weights of hidden layers. Defaults: result #17.
-
-    >>> model = torch.nn.Sequential(torch.nn.Embedding(100, 32), torch.nn.Flatten(),
-    ...                             torch.nn.Linear(128, 256), torch.nn.ReLU(), torch.nn.Linear(256, 100))
-    >>> matrices = [layer.weight for layer in (model[2], model[4])]
-    >>> others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    >>> optimizers = [Aurora(matrices, lr=0.02), torch.optim.AdamW(others, lr=0.01)]
-    >>> cooldown = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.1, 50) for o in optimizers]
-    >>> inputs, targets = torch.randint(100, (64, 4)), torch.arange(64)
-    >>> for step in range(50):
-    ...     loss = torch.nn.functional.cross_entropy(model(inputs), targets)
-    ...     loss.backward()  # then all-reduce the gradients, if there are several processes
-    ...     for part in optimizers + cooldown:
-    ...         part.step()
-    ...     model.zero_grad()
-    >>> loss.item() < 0.1
-    True
-
-    `direction` names what is done to the momentum. Contra-Muon (`contra=`) and the update/weight floor (`uw_floor=`) go
-    with every one, and 0 turns them off.
-
-        aurora              polar factor after the rows (of wide matrices: columns) are evened, two rounds, bf16:
-                            release of May 2026, result #17
-        aurora_july         the same for tall matrices only, CANS-12 in fp32: release of July 2026
-        aurora_paper        rows and polar factors in turn, Algorithm 3 of arXiv 2606.27715
-        aurora_wide         wide matrices only, three rounds at .25, Schatten-4 norm: result #30
-        riemannian_aurora   the update of even rows that the gradient favours most, nearly: after the authors' code
-        muon                polar factor
-        normuon             polar factor, then rows scaled by a running mean of their squares: arXiv 2510.05491
-        normuon_lite        the same along the longer side: results #9 to #11
-        u_normuon           polar factor, then all rows given the same length: the blog of Aurora's authors
-
-    `polar` is any function from a stack to its polar factors, in place of the direction's own. A convolution's filters
-    can share their memory with a matrix that is optimized in their place: m =
-    torch.nn.Parameter(conv.weight.detach().flatten(1)), and before each step m.grad = conv.weight.grad.flatten(1).
-
-    Needs, on the rank that owns a matrix, the sum of the ranks' gradients: all-reduce them. Parameters of one shape
-    form a stack; each rank owns an equal run of the stack, keeps the state of those matrices alone, in fp32, updates
-    them in batched calls, and gathers the others' weights. The number of ranks changes no bit of the result on the
-    CPU, and on GPUs nothing but what a batched product may round differently for another size of stack. On a GPU the
-    first step compiles, for each shape of a stack. Gradients are not changed. state_dict() is a collective: every rank
-    calls it, each gets the whole, and any number of ranks can load it. A parameter (K, m, n) is a stack that this rank
-    updates whole and sends to nobody, for callers that share the weights out themselves, as train_gpt.py's banks do;
-    its state is this rank's own.
-    """
-
-    def __init__(self, params, lr: float = 0.0375, weight_decay: float = 0.0, mu: float = 0.95,
-                 direction: str = "aurora", pp_iterations: int = 2, pp_beta: float = 0.5,
-                 contra: float = 0.4, uw_floor: float = 0.35, polar=None):
-        self.polar = polar
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, mu=mu, direction=direction,
-                                      pp_iterations=pp_iterations, pp_beta=pp_beta,
-                                      contra=contra, uw_floor=uw_floor))
-
-    def add_param_group(self, param_group):
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        check_direction(group["direction"], group["pp_iterations"], group["pp_beta"])
-        for p in group["params"]:
-            if p.ndim not in (2, 3):
-                raise ValueError(f"Aurora updates matrices, got a parameter of shape {tuple(p.shape)}: give vectors "
-                                 "and embeddings to AdamW, and convolutions as matrices (see Aurora's docstring)")
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        travelling = None  # one stack's weights travel while the next one is computed
-        for group in self.param_groups:
-            for params in stacks(group["params"]):
-                if all(p.grad is None for p in params):
-                    continue
-                if params[0].ndim == 3:
-                    for tensors in (self._tensors(p, group) for p in params if p.grad is not None):
-                        some = at_once(tensors["weight"])
-                        for part in zip(*(x.split(some) for x in tensors.values()), strict=True):
-                            self._advance(dict(zip(tensors, part)), group)
-                    continue
-                owned, share = owned_by_this_rank(params)
-                shard = params[0].new_empty(share, *params[0].shape)
-                moving = [(new, p) for new, p in zip(shard, owned) if p.grad is not None]
-                for i in range(0, len(moving), at_once(shard)):
-                    self._update(*zip(*moving[i:i + at_once(shard)]), group)
-                arrive(travelling)
-                travelling = send(params, shard)
-        arrive(travelling)
-        return loss
-
-    def _tensors(self, p, group) -> dict[str, Tensor]:
-        """Weight, gradient and state of p; state in fp32 or better, at first zero."""
-        direction, (*stack, m, n) = DIRECTIONS[group["direction"]], p.shape
-        shapes = {"momentum": (m, n)}
-        if direction.second_moment:
-            shapes["second_moment"] = direction.second_moment(m, n)
-        for name, shape in shapes.items():
-            if name not in self.state[p]:
-                self.state[p][name] = torch.zeros(*stack, *shape, dtype=at_least_fp32(p), device=p.device)
-        return dict(weight=p, gradient=p.grad) | {name: self.state[p][name] for name in shapes}
-
-    def _update(self, out, params, group):
-        """Put the new weights of parameters of one shape into `out`."""
-        matrices = [self._tensors(p, group) for p in params]
-        stack = {name: torch.stack([matrix[name] for matrix in matrices]) for name in matrices[0]}
-        self._advance(stack, group)
-        torch._foreach_copy_(list(out), list(stack["weight"]))
-        for name in stack.keys() - {"weight", "gradient"}:
-            torch._foreach_copy_([matrix[name] for matrix in matrices], list(stack[name]))
-
-    def _advance(self, tensors: dict[str, Tensor], group):
-        """advance_ a stack, compiled on a GPU. There what a schedule may change is a tensor: a number would be a
-        constant of the program, which is compiled once."""
-        advance, numbers = advance_, {name: group[name] for name in ("lr", "weight_decay", "mu")}
-        if tensors["weight"].is_cuda:
-            advance, zero = compiled_advance(), tensors["momentum"].new_zeros(())
-            numbers = {name: x if isinstance(x, Tensor) else zero + x for name, x in numbers.items()}
-        options = dict(polar=self.polar) if self.polar else {}
-        if DIRECTIONS[group["direction"]].balances:
-            options |= dict(pp_iterations=group["pp_iterations"], pp_beta=group["pp_beta"])
-        advance(**tensors, **numbers, direction=group["direction"], options=options, contra_strength=group["contra"],
-                uw_floor=group["uw_floor"])
-
-    def state_dict(self) -> dict:
-        whole = super().state_dict()
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            shares = [None] * dist.get_world_size()
-            # by way of the CPU: a tensor would be unpacked on the sender's GPU
-            mine = {index: {name: x.cpu() for name, x in state.items()} for index, state in whole["state"].items()}
-            dist.all_gather_object(shares, mine)
-            whole["state"] = {index: state for share in shares for index, state in share.items()} | mine
-        return whole
-
-    def load_state_dict(self, state_dict: dict):
-        super().load_state_dict(state_dict)
-        # torch casts state to the parameter's dtype, bf16 perhaps, and gives every rank the state of all
-        owned = {p for group in self.param_groups for params in stacks(group["params"])
-                 for p in owned_by_this_rank(params)[0]}
-        params = [p for group in self.param_groups for p in group["params"]]
-        self.state.clear()
-        for index, state in state_dict["state"].items():
-            if (p := params[index]) in owned:
-                self.state[p] = {name: x.to(p.device, copy=True) for name, x in state.items()}
-
-
-def stacks(params) -> list:
-    """Lists of parameters that are alike in shape, dtype and device; the largest matrices first."""
-    alike = {}
-    for p in params:
-        alike.setdefault((p.shape, p.dtype, p.device), []).append(p)
-    return sorted(alike.values(), key=lambda stack: -stack[0].numel())
-
-
-def send(params, shard: Tensor):
-    """Start to gather every rank's shard of a stack's new weights; what arrive() needs to finish."""
-    weights, work = shard, None
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        weights = shard.new_empty(dist.get_world_size() * len(shard), *shard.shape[1:])
-        work = all_gather(weights, shard, async_op=True)
-    return params, weights, work
-
-
-def arrive(travelling):
-    """Put gathered weights into the parameters that have a gradient."""
-    if travelling is not None:
-        params, weights, work = travelling
-        if work is not None:
-            work.wait()
-        moved = [(p, w) for p, w in zip(params, weights) if p.grad is not None]
-        torch._foreach_copy_(*map(list, zip(*moved)))
-
-
-def owned_by_this_rank(params) -> tuple[list, int]:
-    """This rank's equal run of like parameters, and how long a run is; the last ranks may own less, or nothing. What is
-    itself a stack is every rank's own."""
-    if params[0].ndim == 3:
-        return params, len(params)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    share = -(-len(params) // world)
-    return params[rank * share:(rank + 1) * share], share

@@ -14,7 +14,6 @@ training, checkpoints.
 import argparse
 import ast
 import builtins
-import difflib
 import fcntl
 import glob
 import gzip
@@ -31,10 +30,9 @@ import symtable
 import sys
 import time
 import uuid
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +44,7 @@ import triton
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from aurora import DIRECTIONS, Aurora, all_gather, check_direction, leverage_scores
+from aurora import Rule, Shares, leverage_scores, nearest, with_knob
 from checkpoint import Writer, read_checkpoint
 from heartbeat import Heartbeat
 from kernels.bf16 import linear, runs_kernels
@@ -80,23 +78,13 @@ class Hyperparameters:
     head_dim: int = 128
     mlp_expansion: float = 4.0  # neurons of an MLP, in model_dim
     activation: str = "relu2"  # or "swiglu", whose gate is a third matrix of the MLP
-    # AdamW: embedding, head, and all vectors (biases and gains)
+    # update rules, in the language at the head of aurora.py; STAGE.KNOB=VALUE on the command line changes one number
+    matrix_update: str = "nesterov(0.95) | aurora(2, 0.5) | contra(0.4) | aspect | floor(0.35) | step"
+    matrix_lr: float = 0.0375  # the matrices of the blocks
+    adam_update: str = "adamw(0.8, 0.95, 1e-10, 0)"  # of all other parameters
     embed_lr: float = 0.3
     head_lr: float = 1 / 320
-    vector_lr: float = 0.01
-    adam_beta1: float = 0.8
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-10
-    adam_weight_decay: float = 0.0
-    # Aurora: the matrices of the blocks
-    matrix_lr: float = 0.0375
-    weight_decay: float = 0.0  # the update/weight floor stands in for it
-    mu: float = 0.95  # Nesterov momentum; with direction=adamw its first beta
-    direction: str = "aurora"  # another of aurora.DIRECTIONS, or "adamw": AdamW for the matrices too
-    pp_iterations: int = 2  # polar factors an update; the rows are balanced between them
-    pp_beta: float = 0.5
-    contra: float = 0.4
-    uw_floor: float = 0.35  # an update is at least this long, relative to its weight
+    vector_lr: float = 0.01  # biases and gains
     # schedule: constant, then linear to 0
     warmup_steps: int = 1  # the first step has 1 / warmup_steps of the rate: 1 is no warm-up
     train_steps: int = 3200  # the published step is 3175: the learning rate has not reached 0 there
@@ -118,18 +106,19 @@ class Hyperparameters:
                 raise ValueError(f"{part}={getattr(self, part)} does not divide {whole}={getattr(self, whole)}")
         if self.head_dim % 4:
             raise ValueError(f"head_dim={self.head_dim}: rotary embedding needs a multiple of 4")
-        for name, choices in (("activation", ("relu2", "swiglu")), ("direction", (*DIRECTIONS, "adamw"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: it is one of {', '.join(choices)}")
-        if self.direction != "adamw":
-            check_direction(self.direction, self.pp_iterations, self.pp_beta)
+        if self.activation not in ("relu2", "swiglu"):
+            raise ValueError(f"activation={self.activation!r}: it is one of relu2, swiglu")
+        for name in ("matrix_update", "adam_update"):
+            try:
+                rule = Rule.of(getattr(self, name))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        if not rule.alone:
+            raise ValueError(f"adam_update={self.adam_update!r}: vectors and numbers have no rows; it is adamw(...)")
         if self.mlp_expansion * self.model_dim >= 2**31:
             raise ValueError(f"mlp_expansion={self.mlp_expansion}: {self.model_dim} times that is too many neurons")
         if not self.mlp_dim:
             raise ValueError(f"mlp_expansion={self.mlp_expansion}: no neuron is left of {self.model_dim} times that")
-        for name in ("adam_beta1", "adam_beta2", "mu"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: the weight of the past is below 1")
         if not 0 < self.cooldown_frac <= 1:
             raise ValueError(f"cooldown_frac={self.cooldown_frac}: it is a fraction of train_steps, above 0")
 
@@ -151,21 +140,38 @@ def departures(hp: Hyperparameters) -> list[str]:
 
 
 def override(words: list[str]) -> Hyperparameters:
-    """Hyperparameters from NAME=VALUE and @RECIPE words; a later word wins. ValueError names what is wrong."""
+    """Hyperparameters from NAME=VALUE, STAGE.KNOB=VALUE and @RECIPE words; a later word wins. ValueError names what is
+    wrong."""
     types = {f.name: f.type for f in fields(Hyperparameters)}
     values = {}
     for word in (line for word in words for line in (recipe(word[1:]) if word.startswith("@") else [word])):
         name, equals, text = word.partition("=")
         if not equals:
             raise ValueError(f"{word!r} is not understood: write NAME=VALUE or @RECIPE")
+        if "." in name:
+            name, text = change_rule(values, word)
         if name not in types:
-            nearest = difflib.get_close_matches(name, types, n=1, cutoff=0)[0]
-            raise ValueError(f"{name!r} is not a hyperparameter; the nearest is {nearest!r}")
+            raise ValueError(f"{name!r} is not a hyperparameter; the nearest is {nearest(name, types)!r}")
         try:
             values[name] = types[name](text)
         except ValueError:
             raise ValueError(f"{word}: {name} takes a value of type {types[name].__name__}") from None
     return Hyperparameters(**values)
+
+
+def change_rule(values: dict, word: str) -> tuple[str, str]:
+    """Name and new text of the rule that STAGE.KNOB=VALUE changes: of the only one that has this stage."""
+    name, _, value = word.partition("=")
+    stage, _, knob = name.partition(".")
+    rules = {field: values.get(field, getattr(Hyperparameters, field)) for field in ("matrix_update", "adam_update")}
+    stages = {field: [part.stage.name for part in Rule.of(text).parts] for field, text in rules.items()}
+    fields_of_stage = [field for field in rules if stage in stages[field]]
+    if not fields_of_stage:
+        known = [name for names in stages.values() for name in names]
+        raise ValueError(f"{word}: no rule of this run has a stage {stage!r}; the nearest is {nearest(stage, known)!r}")
+    if len(fields_of_stage) > 1:
+        raise ValueError(f"{word}: {stage} is in {' and '.join(fields_of_stage)}; write the one that you mean whole")
+    return fields_of_stage[0], with_knob(rules[fields_of_stage[0]], stage, knob, value)
 
 
 def recipe(name: str) -> list[str]:
@@ -360,13 +366,11 @@ class GPT(nn.Module):
 ########################################
 # A step moves each number twice: its gradient to the rank that owns it, its new weight from there to all ranks.
 
-reduce_scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
-
 
 class Replayed:
     """Runs an update as one CUDA graph: one launch in place of hundreds.
 
-    The first call runs the update as it is: it allocates the state and compiles the kernels. The second captures the
+    The first call runs the update as it is, which compiles its kernels. The second captures the
     update, in the pool of memory that all graphs share, and every call from then on replays what was captured. The
     update is handed in at each call, not kept: a Bank that kept itself alive would outlive its trial, with its GBs.
     """
@@ -389,35 +393,34 @@ class Replayed:
 
 
 class Bank:
-    """Parameters that one optimizer updates, in one tensor of slots: matrices of a shape, or single numbers.
+    """The parameters that one update rule moves, back to back in one tensor. A slot is one matrix (all of one shape) or,
+    with slot=(), one number.
 
     Each rank has all weights, in bf16, and its own gradients of them, summed in fp32 over micro-batches. It owns an
-    equal run of the slots: their sum over ranks, masters in `dtype`, and optimizer's state are there alone. So the
-    number of ranks changes nothing but the order of that sum. `rule` makes an optimizer of a list of parameters.
+    equal run of the slots: their sum over ranks, masters in `dtype`, and the rule's state are there alone. So the
+    number of ranks changes nothing but the order of that sum. `lr` is a function of the number of steps done.
     """
 
-    def __init__(self, params: dict[str, nn.Parameter], unit: tuple, rule: Callable, place: Place,
-                 dtype=torch.float32, pool=None):
-        self.params, self.world = params, place.world
-        sizes = [p.numel() // math.prod(unit) for p in params.values()]
-        self.slots = [name for name, size in zip(params, sizes) for _ in range(size if unit else 0)]
-        self.count = sum(sizes)
-        # the last ranks may own less: zeros, which stay zeros. Numbers go by 64, a whole count of vector registers: on
-        # the CPU AdamW rounds what is left over at the end otherwise
-        step = 1 if unit else 64
-        share = -(-self.count // (place.world * step)) * step
-        self.mine = slice(place.rank * share, (place.rank + 1) * share)
-        self.weights = torch.zeros(place.world * share, *unit, dtype=torch.bfloat16, device=place.device)
+    # Numbers are padded to a multiple of this: fused AdamW handles the last few elements of a CPU tensor in a scalar
+    # loop that rounds otherwise, and which ones they are would depend on the number of ranks.
+    ALIGNED = 64
+
+    def __init__(self, params: dict[str, nn.Parameter], slot: tuple, rule: Rule, lr: Callable[[int], float],
+                 device: torch.device, dtype=torch.float32, pool=None):
+        self.params, self.rule, self.lr = params, rule, lr
+        sizes = [p.numel() // math.prod(slot) for p in params.values()]
+        self.slots = [name for name, size in zip(params, sizes) for _ in range(size if slot else 0)]
+        self.shares = Shares.of(sum(sizes), multiple=1 if slot else self.ALIGNED)
+        self.weights = torch.zeros(self.shares.padded, *slot, dtype=torch.bfloat16, device=device)
         self.gradients = torch.zeros_like(self.weights, dtype=torch.float32)
         for p, weight in zip(params.values(), self.views(self.weights)):
             p.data = weight
-        self.own = nn.Parameter(torch.zeros_like(self.weights[self.mine], dtype=dtype))
-        self.copies = {}
-        self.optimizer = rule([self.own])
-        self.group, = self.optimizer.param_groups
-        self.lr = self.group["lr"]
-        self.group["lr"] = torch.tensor(self.lr, device=place.device)  # a CUDA graph reads it at each replay
-        self.run = Replayed(pool) if place.device.type == "cuda" else lambda update: update()
+        self.masters = torch.zeros_like(self.weights[self.shares.mine], dtype=dtype)
+        self.state = rule.state(self.masters)
+        self.knobs = {name: torch.zeros((), device=device) for name in ("lr", "t", *rule.at(0))}  # a CUDA graph reads them
+        captured = device.type == "cuda" and rule.captured
+        self.run = Replayed(pool) if captured else lambda update: update()
+        self.buffers = {}
 
     def views(self, slots: Tensor) -> list[Tensor]:
         """A tensor of slots as tensors of the parameters' shapes."""
@@ -426,69 +429,57 @@ class Bank:
 
     def reduce(self):
         """Start to sum over ranks what each owns."""
-        self.send(reduce_scatter, self.gradients[self.mine], self.gradients)
-
-    def step(self, factor: float):
-        """Update this rank's share with a part of the learning rate, and start to send it to all ranks."""
-        self.arrive()
-        self.group["lr"].fill_(self.lr * factor)
-        self.update()
-        self.send(all_gather, self.weights, self.weights[self.mine])
-
-    def update(self):
-        self.run(self._update)
-
-    @torch.no_grad()
-    def _update(self):
-        self.own.grad = self.gradients[self.mine].to(self.own.dtype)
-        self.optimizer.step()
-        self.weights[self.mine] = self.own
-
-    def send(self, collective: Callable, *tensors: Tensor):
-        """To nobody where there is one rank: gloo would still copy, in a thread whose pool takes cores from the main
-        one's (on two cores a step of the tiny recipe took 166 ms, not 118)."""
-        self.work = collective(*tensors, async_op=True) if self.world > 1 else None
+        self.work = self.shares.reduce(self.gradients)
 
     def arrive(self):
         if self.work:
             self.work.wait()
 
-    def state(self) -> dict[str, Tensor]:
-        """On rank 0 the masters and the optimizer's state of all ranks, (slots, ...), in memory of the CPU that the
-        next call writes over; nothing on the others. A collective."""
-        whole = {}
-        for name, x in ({"master": self.own.detach()} | self.optimizer.state[self.own]).items():
-            if not x.ndim:  # AdamW's count of steps
-                whole[name] = x.cpu().clone()
-            elif dist.get_rank():
-                dist.send(x, 0)
-            else:
-                whole[name] = self.collect(name, x)[:self.count]
-        return whole
+    def step(self, step: int):
+        """Update this rank's share after `step` steps, and start to send it to all ranks."""
+        self.arrive()
+        for name, value in (dict(lr=self.lr(step), t=step + 1) | self.rule.at(step)).items():
+            self.knobs[name].fill_(value)
+        self.advance()
+        self.work = self.shares.gather(self.weights)
+        self.rule.after_(self.state)
 
-    def collect(self, name: str, mine: Tensor) -> Tensor:
-        """All ranks' shares of a tensor. Fresh memory takes many times as long to write to as memory that is kept."""
-        if name not in self.copies:
-            self.copies[name] = torch.empty(len(self.weights), *mine.shape[1:], dtype=mine.dtype)
-        for rank, share in enumerate(self.copies[name].chunk(dist.get_world_size())):
-            if rank:
-                mine = share if mine.is_cpu else torch.empty_like(mine)
-                dist.recv(mine, rank)
-            share.copy_(mine)
-        return self.copies[name]
+    def advance(self):
+        self.run(self._advance)
+
+    @torch.no_grad()
+    def _advance(self):
+        gradients = self.gradients[self.shares.mine].to(self.masters.dtype)
+        self.rule.advance_(self.masters, gradients, self.state, self.knobs)
+        self.weights[self.shares.mine] = self.masters
+
+    def gather_state(self) -> dict[str, Tensor]:
+        """Collective. On rank 0 returns masters and state of all ranks, (slots, ...), in host buffers that the next call
+        writes to; {} elsewhere."""
+        whole = {}
+        for name, x in dict(masters=self.masters, **self.state).items():
+            if self.shares.rank:
+                dist.send(x, 0)
+                continue
+            if name not in self.buffers:  # kept: page faults of a fresh one cost several times the copy
+                self.buffers[name] = torch.empty(self.shares.padded, *x.shape[1:], dtype=x.dtype)
+            for rank, share in enumerate(self.buffers[name].chunk(self.shares.world)):
+                if rank:
+                    x = share if x.is_cpu else torch.empty_like(x)
+                    dist.recv(x, rank)
+                share.copy_(x)
+            whole[name] = self.buffers[name][:self.shares.count]
+        return whole
 
     @torch.no_grad()
     def load(self, whole: dict[str, Tensor]):
-        """Take this rank's share of a state(), of any number of ranks, and send the weights. A collective."""
-        shares = {}
-        for name, x in whole.items():
-            if x.ndim:
-                x = x[self.mine]
-                x = torch.cat([x, x.new_zeros(len(self.own) - len(x), *x.shape[1:])])
-            shares[name] = x.to(self.own.device, copy=True)
-        self.weights[self.mine] = self.own.copy_(shares.pop("master"))
-        self.optimizer.state[self.own] = shares
-        self.send(all_gather, self.weights, self.weights[self.mine])
+        """Collective. Take this rank's share of a gather_state(), of any number of ranks, and send the weights. State
+        that it lacks, of a stage that another rule did not have, stays zero."""
+        for name, x in dict(masters=self.masters, **self.state).items():
+            if name in whole:
+                x.copy_(self.shares.take(whole[name]))
+        self.weights[self.shares.mine] = self.masters
+        self.work = self.shares.gather(self.weights)
         self.arrive()
 
 
@@ -515,32 +506,27 @@ def initial_weights(model: GPT, seed: int) -> dict[str, Tensor]:
 def fill(banks: list[Bank], values: dict[str, Tensor]):
     for bank in banks:
         numbers = torch.cat([values[name].flatten() for name in bank.params])
-        bank.load({"master": numbers.view(bank.count, *bank.own.shape[1:])})
+        bank.load({"masters": numbers.view(bank.shares.count, *bank.masters.shape[1:])})
 
 
 def make_banks(model: GPT, hp: Hyperparameters, place: Place) -> list[Bank]:
-    """In the order of a step: while the first matrices are updated the others' gradients travel, and so on."""
+    """Largest matrices first: while they are updated, the other banks' gradients are still being reduced."""
     matrices = {}
     for name, p in model.blocks.named_parameters(prefix="blocks"):
         if p.ndim == 2:  # q, k and v are three matrices
-            unit = (p.size(1), p.size(1)) if name.endswith("qkv.weight") else tuple(p.shape)
-            matrices.setdefault(unit, {})[name] = p
+            slot = (p.size(1), p.size(1)) if name.endswith("qkv.weight") else tuple(p.shape)
+            matrices.setdefault(slot, {})[name] = p
     vectors = {name: p for name, p in model.named_parameters() if p.ndim == 1}
-    cuda = place.device.type == "cuda"
-    # of AdamW, whose first step is in no CUDA graph
-    warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
-    adamw = partial(torch.optim.AdamW, betas=(hp.adam_beta1, hp.adam_beta2), eps=hp.adam_eps,
-                    weight_decay=hp.adam_weight_decay, fused=True, capturable=cuda)
-    if hp.direction == "adamw":
-        rule = partial(adamw, lr=hp.matrix_lr, betas=(hp.mu, hp.adam_beta2), weight_decay=hp.weight_decay)
-    else:
-        rule = partial(Aurora, lr=hp.matrix_lr, weight_decay=hp.weight_decay, mu=hp.mu, direction=hp.direction,
-                       pp_iterations=hp.pp_iterations, pp_beta=hp.pp_beta, contra=hp.contra, uw_floor=hp.uw_floor)
-    bank = partial(Bank, place=place, pool=torch.cuda.graph_pool_handle() if cuda else None)
-    banks = [bank(params, unit, rule) for unit, params in sorted(matrices.items(), key=lambda x: -math.prod(x[0]))]
-    banks += [bank({"head.weight": model.head.weight}, (), partial(adamw, lr=hp.head_lr)),
-              bank({"embed.weight": model.embed.weight}, (), partial(adamw, lr=hp.embed_lr), dtype=torch.bfloat16),
-              bank(vectors, (), partial(adamw, lr=hp.vector_lr))]
+    pool = torch.cuda.graph_pool_handle() if place.device.type == "cuda" else None
+
+    def bank(params, slot, update: str, rate: float, dtype=torch.float32) -> Bank:
+        return Bank(params, slot, Rule.of(update), lambda step: rate * learning_rate_factor(step, hp), place.device,
+                    dtype, pool)
+    banks = [bank(params, slot, hp.matrix_update, hp.matrix_lr)
+             for slot, params in sorted(matrices.items(), key=lambda x: -math.prod(x[0]))]
+    banks += [bank({"head.weight": model.head.weight}, (), hp.adam_update, hp.head_lr),
+              bank({"embed.weight": model.embed.weight}, (), hp.adam_update, hp.embed_lr, torch.bfloat16),
+              bank(vectors, (), hp.adam_update, hp.vector_lr)]
     names = [name for bank in banks for name in bank.params]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     return banks
@@ -716,10 +702,11 @@ def facts(hp: Hyperparameters, place: Place, shards: dict[str, int], source: str
         lines.append(f"triton: {triton.__version__}")
     else:
         lines.append(f"threads: {torch.get_num_threads()}")
+    rule = Rule.of(hp.matrix_update)
     lines += [f"attention: {place.attention}",
               f"kernels: {'Triton' if runs_kernels(place.device) else 'plain PyTorch'}",
               f"newton_schulz: {newton_schulz_path(place.device)}",
-              f"update: {'compiled, ' * (hp.direction != 'adamw') + 'a CUDA graph a bank' if gpu else 'eager'}"]
+              f"update: {'compiled, ' * (not rule.alone) + 'a CUDA graph a bank' * rule.captured if gpu else 'eager'}"]
     dirty = output_of("git", "-C", str(HERE), "status", "--porcelain", "--untracked-files=no")
     lines += [f"commit: {output_of('git', '-C', str(HERE), 'rev-parse', 'HEAD') or 'none'}{' (dirty)' * bool(dirty)}",
               f"source_sha256: {source_sha256(source)}",
@@ -752,24 +739,25 @@ def processor() -> str:
 
 def owned_neurons(banks: list[Bank]) -> dict[str, tuple[Bank, int]]:
     """{name of a weight (neurons, model_dim): its bank and its index there} of those that this rank owns."""
-    return {name: (bank, i) for bank in banks for i, name in enumerate(bank.slots[bank.mine])
+    return {name: (bank, i) for bank in banks for i, name in enumerate(bank.slots[bank.shares.mine])
             if name.endswith(("mlp.fc.weight", "mlp.gate.weight"))}
 
 
 @torch.no_grad()
 def neuron_rows(bank: Bank, i: int, before: Tensor) -> dict[str, list[float]]:
-    """Leverage scores of the momentum (AdamW's exp_avg), and row norms: of the momentum, of the gradient of the
-    batch's summed loss, and of this step's change of the weights, its learning rate, decay and floor included."""
-    state = bank.optimizer.state[bank.own]
-    momentum = state.get("momentum", state.get("exp_avg"))[i]
+    """Leverage scores of the momentum (the first state that the rule keeps), and row norms: of the momentum, of the
+    gradient of the batch's summed loss, and of this step's change of the weights, its learning rate, decay and floor
+    included."""
+    momentum = next(iter(bank.state.values()))[i]
     rows = dict(leverage=leverage_scores(momentum), momentum=momentum.norm(dim=1),
-                gradient=bank.own.grad[i].norm(dim=1), update=(bank.own[i] - before).norm(dim=1))
+                gradient=bank.gradients[bank.shares.mine][i].norm(dim=1),
+                update=(bank.masters[i] - before).norm(dim=1))
     return {name: [float(f"{x:.4g}") for x in values.tolist()] for name, values in rows.items()}
 
 
 def record_neurons(banks: list[Bank], before: dict[str, Tensor], seed: int, step: int, place: Place, log: RunLog):
     """Collect what the owner of each matrix knows of its neurons; a line for each matrix."""
-    mine = {name: neuron_rows(bank, i, before[name]) | dict(inputs=bank.own.size(-1))
+    mine = {name: neuron_rows(bank, i, before[name]) | dict(inputs=bank.masters.size(-1))
             for name, (bank, i) in owned_neurons(banks).items()}
     shares = [None] * place.world if place.rank == 0 else None
     dist.gather_object(mine, shares)
@@ -856,10 +844,10 @@ def not_finite(gradients: list[Tensor]) -> Tensor:
     return flags
 
 
-def update(banks: list[Bank], factor: float):
-    """A step of all optimizers, with a part of their learning rates."""
+def update(banks: list[Bank], step: int):
+    """A step of all banks, after `step` steps."""
     for bank in banks:
-        bank.step(factor)
+        bank.step(step)
     for bank in banks:
         bank.arrive()
 
@@ -1007,7 +995,7 @@ class Checkpoints:
         """A collective, not counted as training. The file is written while the training goes on."""
         trial.clock.read()
         self.writer.wait()
-        banks = [bank.state() for bank in banks]
+        banks = [bank.gather_state() for bank in banks]
         if self.place.rank == 0:
             name = Path(self.log.text.name).stem
             state = self.run | dict(seed=trial.seed, step=step, trial=trial.state(), banks=banks,
@@ -1038,8 +1026,9 @@ def recall(args: argparse.Namespace) -> tuple[Hyperparameters, dict]:
     if not isinstance(state, dict) or {name: type(value) for name, value in state.items()} != STATE:
         raise ValueError(f"{folder} is no checkpoint of a run")
     words = [f"{name}={value}" for name, value in state["hyperparameters"].items()]
-    before = override(words)
-    if state["source_sha256"] != source_sha256(program(before)):
+    same = state["hyperparameters"].keys() == vars(Hyperparameters()).keys()  # else the words are of another program
+    before = override(words) if same else None
+    if not same or state["source_sha256"] != source_sha256(program(before)):
         raise ValueError(f"{folder} is of another version of this program: check out the commit that its log names")
     if args.resume:
         args.seed, args.trials = state["seed"], state["end"] - state["seed"]
@@ -1054,8 +1043,9 @@ def recall(args: argparse.Namespace) -> tuple[Hyperparameters, dict]:
     for name in ("batch_tokens", "vocab_size", "num_layers", "model_dim", "mlp_dim", "activation"):
         if getattr(hp, name) != getattr(before, name):
             raise ValueError(f"--fork-from: {name} is {getattr(before, name)} in {folder} and cannot change")
-    if "adamw" in (hp.direction, before.direction) and hp.direction != before.direction:
-        raise ValueError(f"--fork-from: direction is {before.direction} in {folder}; to or from adamw it cannot change")
+    if Rule.of(hp.matrix_update).alone != Rule.of(before.matrix_update).alone:
+        raise ValueError(f"--fork-from: matrix_update is {before.matrix_update!r} in {folder}: to or from adamw it cannot "
+                         "change")
     if hp.train_steps <= state["step"]:
         raise ValueError(f"--fork-from: train_steps={hp.train_steps}, and {folder} is at step {state['step']}")
     return hp, state
@@ -1094,14 +1084,13 @@ def train(model: GPT, trial: Trial, shards, validation, checkpoints: Checkpoints
             raise FloatingPointError(f"{error} at step {step + 1}") from None
         asked = checkpoints.agree()
         look = log.neurons_every and (step + 1) % log.neurons_every == 0
-        before = {name: bank.own[i].detach().clone() for name, (bank, i) in owned_neurons(banks).items() if look}
-        factor = learning_rate_factor(step, hp)
-        update(banks, factor)
+        before = {name: bank.masters[i].clone() for name, (bank, i) in owned_neurons(banks).items() if look}
+        update(banks, step)
         if look:
             trial.clock.read()
             record_neurons(banks, before, trial.seed, step + 1, trial.place, log)
             trial.clock.resume()
-        trial.after_step(step + 1, loss, hp.matrix_lr * factor)
+        trial.after_step(step + 1, loss, banks[0].lr(step))
     trial.bar.close()
 
 

@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,10 @@ from tqdm import tqdm
 import train_gpt
 
 RESULTS = Path(__file__).parent / "results"
+RULES = {  # result #17's with another direction
+    "muon": "nesterov(0.95) | polar | contra(0.4) | aspect | floor(0.35) | step",
+    "normuon": "nesterov(0.95) | jordan_polar | contra(0.4) | normuon(0.95) | aspect | floor(0.35) | step",
+}
 
 
 def parse(name: str, description: str, words: list[str]) -> tuple[list[str], Path]:
@@ -34,8 +39,9 @@ def run(name: str, main: Callable[[list[str]], None]):
 
 
 def override(words: list[str]) -> train_gpt.Hyperparameters:
-    """Result #17's on a GPU, @tiny's without one, and then the words."""
-    return train_gpt.override(words if torch.cuda.is_available() else ["@tiny", *words])
+    """Result #17's on a GPU, @tiny's without one, and then the words. Learning rates stay at their peak."""
+    hp = train_gpt.override(words if torch.cuda.is_available() else ["@tiny", *words])
+    return replace(hp, warmup_steps=1, train_steps=10**9)
 
 
 def random_batch(hp: train_gpt.Hyperparameters, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

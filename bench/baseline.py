@@ -164,8 +164,8 @@ def unfused_optimizers(params: dict[str, nn.Parameter], hp: Hyperparameters) -> 
     vectors = [p for p in params.values() if p.ndim == 1]
     adamw = torch.optim.AdamW([dict(params=[params["embed.weight"]], lr=hp.embed_lr),
                                dict(params=[params["head.weight"]], lr=hp.head_lr),
-                               dict(params=vectors, lr=hp.vector_lr)], betas=(hp.adam_beta1, hp.adam_beta2),
-                              eps=hp.adam_eps, weight_decay=hp.adam_weight_decay, fused=True)
+                               dict(params=vectors, lr=hp.vector_lr)], betas=(0.8, 0.95), eps=1e-10, weight_decay=0,
+                              fused=True)
     matrices = [p for name, p in params.items() if p.ndim == 2 and name.startswith("blocks.")]
     return [OneByOne(matrices, lr=hp.matrix_lr), adamw]
 

@@ -35,9 +35,8 @@ def prepare() -> tuple:
     banks = train_gpt.make_banks(model, HP, place)
     train_gpt.fill(banks, train_gpt.initial_weights(model, 0))
     for bank in banks:
-        own = bank.own.detach()
-        names = ("momentum",) if isinstance(bank.optimizer, train_gpt.Aurora) else ("exp_avg", "exp_avg_sq")
-        bank.optimizer.state[bank.own] = {name: torch.full_like(own, 1e-3) for name in names}
+        for x in bank.state.values():
+            x.fill_(1e-3)
     batch = torch.randint(HP.vocab_size, (2, 1, HP.sequence_length), generator=torch.Generator().manual_seed(0))
     return model, banks, batch
 
@@ -51,7 +50,7 @@ def save(banks, writer: Writer, folder: Path) -> float:
     """Seconds that the training waits for it."""
     start = time.perf_counter()
     writer.wait()
-    writer.write(folder, "seed0-step1.pt", dict(banks=[bank.state() for bank in banks]))
+    writer.write(folder, "seed0-step1.pt", dict(banks=[bank.gather_state() for bank in banks]))
     return time.perf_counter() - start
 
 

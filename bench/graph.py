@@ -51,7 +51,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import train_gpt
-from aurora import COMPILED, DIRECTIONS, advance_
+from aurora import COMPILED, Rule, advance_
 from bench import parse, roofline, run
 from bench.baseline import UnfusedGPT
 from kernels import bf16, cross_entropy, mlp, newton_schulz, norm, qkv
@@ -207,11 +207,10 @@ def trace(form: str, hp: train_gpt.Hyperparameters) -> dict[str, Pass]:
 
 def trace_update(shape: tuple[int, int, int], hp: train_gpt.Hyperparameters) -> Pass:
     """The update of a stack of matrices."""
-    way, mode, passes = DIRECTIONS[hp.direction], FakeTensorMode(), []
-    options = dict(pp_iterations=hp.pp_iterations, pp_beta=hp.pp_beta) if way.balances else {}
+    rule, mode, passes = Rule.of(hp.matrix_update), FakeTensorMode(), []
 
     def update(*tensors):
-        advance_(*tensors[:6], hp.direction, options, hp.contra, hp.uw_floor, *tensors[6:])
+        advance_(rule, *tensors)
         return ()
 
     def compiler(graph, inputs):
@@ -219,11 +218,10 @@ def trace_update(shape: tuple[int, int, int], hp: train_gpt.Hyperparameters) -> 
         return make_boxed_func(lambda *_: [])
 
     with on_an_h100(), config.patch(COMPILED), mode, tracing(TracingContext(mode)), torch.no_grad():
-        tensors = [torch.empty(shape) for _ in range(3)] + [torch.empty(()) for _ in range(3)]
-        if way.second_moment:
-            tensors.append(torch.empty(shape[0], *way.second_moment(*shape[1:])))
+        W, G = torch.empty(shape), torch.empty(shape)
+        knobs = {name: torch.empty(()) for name in ("lr", "t", *rule.at(0))}
         aot_function(update, compiler, decompositions=select_decomp_table(), inference_compiler=compiler,
-                     keep_inference_input_mutations=True)(*tensors)
+                     keep_inference_input_mutations=True)(W, G, rule.state(W), knobs)
     return passes[0]
 
 
@@ -331,11 +329,11 @@ def rows(hp: train_gpt.Hyperparameters) -> list[dict]:
 
 
 def update_rows(hp: train_gpt.Hyperparameters) -> list[dict]:
-    """Of each stack that one GPU updates by Aurora or its family: what Inductor writes, so not the products."""
+    """Of each stack that one GPU updates by a rule with stages: what Inductor writes, so not the products."""
     found = []
     for (m, n), count in Counter(tuple(shape) for _, *shape in roofline.block_matrices(hp)).items():
         tail = [size for runs, size in trace_update((count, m, n), hp).kernels if runs == "Inductor"]
-        passes, kernels = roofline.tail(m, n, hp.direction, "fused")
+        passes, kernels = roofline.tail(m, n, Rule.of(hp.matrix_update), "fused")
         found.append({"stack": f"{count} x {m} x {n}", "kernels": len(tail), "roofline's": kernels,
                       "passes": sum(tail) / (4 * count * m * n), "the roofline's": passes})
     return found
@@ -374,8 +372,8 @@ def main(words: list[str]):
         few //= 2
     held = memory_rows(hp)
     ours, published = (row["in all"] for row in held)
-    updates = [] if hp.direction == "adamw" else [
-        f"## The update of a stack, beside Newton-Schulz: direction {hp.direction}", markdown(update_rows(hp)),
+    updates = [] if Rule.of(hp.matrix_update).alone else [
+        "## The update of a stack, beside Newton-Schulz", f"`{hp.matrix_update}`", markdown(update_rows(hp)),
         "A pass is a read or a write of a stack in fp32."]
     publish("bench.graph", words, out, "In GB. Written for sm_90, not compiled, not run.",
             f"## Moved by a micro-batch of {few} x {hp.sequence_length} tokens",

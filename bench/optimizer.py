@@ -1,18 +1,20 @@
 """The optimizer step of GPT, all of it: train_gpt.py's banks against the published form, one matrix after the other.
 
-    python -m bench.optimizer [DIRECTION ...] [@RECIPE] [NAME=VALUE ...] [-o FOLDER]
+    python -m bench.optimizer [RULE ...] [@RECIPE] [NAME=VALUE ...] [-o FOLDER]
 
-DIRECTIONs (see aurora.py; default: muon) stand beside aurora. The recipe is result #17 on a GPU, @tiny without one.
-First all step three times from equal weights and gradients, which are random, and aurora is held against the published
-form (bench/baseline.py); on a GPU the third step is a replayed CUDA graph. Then all step in turn, in one process, with
-the collectives of one rank. Memory is what a step holds at most beyond weights and gradients: the state, and what
-passes. A launch is a call by which the CPU has the GPU do something; kernels are what it then does.
+A RULE, a text in the language of aurora.py or a name in bench.RULES (default: muon), stands beside aurora, the rule of
+the recipe, which is result #17 on a GPU, @tiny without one. First all step three times from equal weights and
+gradients, which are random, and aurora is held against the published form (bench/baseline.py); on a GPU the third step
+is a replayed CUDA graph. Then all step in turn, in one process, with the collectives of one rank. Memory is what a step
+holds at most beyond weights and gradients: the state, and what passes. A launch is a call by which the CPU has the GPU
+do something; kernels are what it then does.
 """
 
 import re
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -22,7 +24,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import train_gpt
-from bench import in_turn, most_memory, override, parse, run
+from bench import RULES, in_turn, most_memory, override, parse, run
 from bench.baseline import separate, unfused_optimizers
 from bench.kernels import UNKNOWN, clocks
 from results import markdown, publish
@@ -34,6 +36,7 @@ UNFUSED = "published form of aurora"
 class Subject(NamedTuple):
     step: Callable[[], None]
     weights: dict[str, Tensor]  # masters, by their names in bench/baseline.py
+    state: int = 0  # bytes of it that there are before the first step
 
 
 def make_gradients(hp: train_gpt.Hyperparameters, device: torch.device) -> dict[str, Tensor]:
@@ -57,13 +60,15 @@ def ours(hp: train_gpt.Hyperparameters, gradients: dict[str, Tensor], place: tra
     for bank in banks:
         for name, gradient in zip(bank.params, bank.views(bank.gradients)):
             gradient.copy_(gradients[name])
-        weights |= dict(zip(bank.params, bank.views(bank.own.detach())))
+        weights |= dict(zip(bank.params, bank.views(bank.masters)))
+
+    steps = count()
 
     def step():
         for bank in banks:
             bank.reduce()
-        train_gpt.update(banks, 1.0)
-    return Subject(step, separate(weights))
+        train_gpt.update(banks, next(steps))
+    return Subject(step, separate(weights), sum(x.nbytes for bank in banks for x in bank.state.values()))
 
 
 def published(hp: train_gpt.Hyperparameters, gradients: dict[str, Tensor], place: train_gpt.Place) -> Subject:
@@ -87,7 +92,7 @@ def first_steps(subject: Subject) -> tuple[dict[str, Tensor], int]:
     """By how much three steps change each weight, and the memory that they take."""
     before = {name: w.clone() for name, w in subject.weights.items()}
     memory = most_memory(lambda: [subject.step() for _ in range(3)])
-    return {name: w - before[name] for name, w in subject.weights.items()}, memory
+    return {name: w - before[name] for name, w in subject.weights.items()}, subject.state + memory
 
 
 def compare(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -120,11 +125,12 @@ def verdict(ms: dict[str, float]) -> str:
 
 def main(words: list[str]):
     words, out = parse("optimizer", __doc__, words)
-    directions = [word for word in words if "=" not in word and not word.startswith("@")] or ["muon"]
-    hp = override([word for word in words if "=" in word or word.startswith("@")])
-    each = {name: replace(hp, direction=name) for name in dict.fromkeys([*directions, "aurora"])}
+    overrides = [word for word in words if re.match(r"@|[\w.]+=", word)]
+    hp = override(overrides)
+    rules = [word for word in words if word not in overrides] or ["muon"]
+    each = {rule: replace(hp, matrix_update=RULES.get(rule, rule)) for rule in rules} | {"aurora": hp}
     place = train_gpt.join(0, 0, 1, hp.head_dim)
-    torch._dynamo.config.recompile_limit = 8 * len(each)  # programs, one a direction and shape: beyond it, eager
+    torch._dynamo.config.recompile_limit = 8 * len(each)  # programs, one a rule and shape: beyond it, eager
     gradients = make_gradients(hp, place.device)
     subjects = {name: ours(hp, gradients, place) for name, hp in each.items()}
     subjects[UNFUSED] = published(each["aurora"], gradients, place)
@@ -141,7 +147,7 @@ def main(words: list[str]):
     publish("bench.optimizer", words, out,
             f"Medians of {ROUNDS} steps, in turn in one process. {clocks()}. Three steps of aurora and of its "
             f"published form differ by {100 * difference:.1f}% at most in what they add to a weight.",
-            markdown([{"optimizer": name, "ms": ms[name], "of aurora's": ms[name] / ms["aurora"],
+            markdown([{"optimizer": name.replace("|", r"\|"), "ms": ms[name], "of aurora's": ms[name] / ms["aurora"],
                        "memory, MB": memory[name] / 1e6, **counts[name]} for name in steps]),
             verdict(ms))
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 import train_gpt
+from aurora import Rule
 from bench import parse, run
 from bench.baseline import separate
 from results import markdown, publish
@@ -158,9 +159,23 @@ def flops(hp: train_gpt.Hyperparameters) -> dict[str, float]:
     """Of a step of the whole batch, by part; attention as the kernels do it, the causal half."""
     parts = model_kernels(hp, hp.batch_tokens // hp.sequence_length, "published")
     total = {name: sum(k.count * k.flops for k in kernels) for name, kernels in parts.items()}
-    polars = (polar_flops(m, n) * (2 if m != n and hp.direction == "aurora" else 1) for _, m, n in block_matrices(hp))
-    return {"products": total["products"], "attention": total["attention"],
-            "Newton-Schulz": 0 if hp.direction == "adamw" else sum(polars)}
+    rule = Rule.of(hp.matrix_update)
+    polars = sum(polar_factors(rule, m, n) * polar_flops(m, n) for _, m, n in block_matrices(hp))
+    return {"products": total["products"], "attention": total["attention"], "Newton-Schulz": polars}
+
+
+def polar_factors(rule: Rule, m: int, n: int) -> int:
+    """How many polar factors an update of an m x n matrix takes: several where its rows or columns are evened."""
+    evened = {"aurora": m != n, "aurora_july": m > n, "aurora_paper": m > n, "aurora_wide": m < n,
+              "riemannian_aurora": m != n}
+    found = 0
+    for stage, given in rule.parts:
+        knobs = {name: knob.default for name, knob in stage.knobs.items()} | given
+        if not evened.get(stage.name):
+            found += stage.name in evened or stage.name.endswith("polar")
+        else:
+            found += knobs["iterations"] if "iterations" in knobs else 3 + 2 * knobs["steps"]
+    return found
 
 
 def polar_flops(m: int, n: int) -> float:
@@ -192,20 +207,20 @@ def polar_kernels(count: int, m: int, n: int, form: str) -> list[Kernel]:
             Kernel(12, 0, 2 * whole * count)]
 
 
-def tail(m: int, n: int, direction: str, form: str) -> tuple[int, int]:
-    """fp32 passes over a matrix and kernels of its update, beside Newton-Schulz."""
-    if "aurora" in direction and form == "fused" and m == n:  # nothing to balance, and contra stays
-        direction = "muon"
-    return TAIL[form, "aurora" if "aurora" in direction else "normuon" if "normuon" in direction else "muon"]
+def tail(m: int, n: int, rule: Rule, form: str) -> tuple[int, int]:
+    """fp32 passes over a matrix and kernels of its update, beside Newton-Schulz: those of the nearest rule in TAIL."""
+    names = " ".join(part.stage.name for part in rule.parts)
+    if "aurora" in names and form == "fused" and m == n:  # nothing to balance, and contra stays
+        return TAIL[form, "muon"]
+    return TAIL[form, "aurora" if "aurora" in names else "normuon" if "normuon" in names else "muon"]
 
 
-def update_kernels(count: int, m: int, n: int, direction: str, form: str) -> list[Kernel]:
+def update_kernels(count: int, m: int, n: int, rule: Rule, form: str) -> list[Kernel]:
     """The update of `count` equal matrices that a rank owns."""
-    passes, kernels = tail(m, n, direction, form)
-    times = 2 if "aurora" in direction and m != n else 1
+    passes, kernels = tail(m, n, rule, form)
     calls = count if form == "published" else 1
     rest = Kernel(kernels * calls, 0, 4 * m * n * passes / kernels * count / calls)
-    return polar_kernels(count, m, n, form) * times + [rest]
+    return polar_kernels(count, m, n, form) * polar_factors(rule, m, n) + [rest]
 
 
 def collective(gpus: int, nodes: int, size: float, gpu: GPU, trips: int = 1) -> float:
@@ -253,15 +268,15 @@ def sharded_step(hp: train_gpt.Hyperparameters, gpus: int, nodes: int, gpu: GPU)
     All reduce-scatters are queued at once. A bank is updated when its gradient is there and the bank before is done;
     then its all-gather joins the queue, which NCCL works off in order.
     """
-    backend = next(iter(gpu.attention))
+    backend, rule = next(iter(gpu.attention)), Rule.of(hp.matrix_update)
     arrived, wires, done, busy, ready = [], 0.0, 0.0, 0.0, []
     for bank in banks(hp):
         wires += collective(gpus, nodes, 4 * bank.share(gpus) * gpus * bank.numel, gpu)
         arrived.append(wires)
     for bank, arrival in zip(banks(hp), arrived):
         share = bank.share(gpus)
-        if bank.shape and hp.direction != "adamw":
-            kernels = update_kernels(share, *bank.shape, hp.direction, "fused")
+        if bank.shape and not rule.alone:
+            kernels = update_kernels(share, *bank.shape, rule, "fused")
         else:
             kernels = [Kernel(2, 0, 15 * share * bank.numel)]  # gradient, weight and moments in fp32, weight in bf16
         took = seconds(kernels, gpu, backend, LAUNCH["fused"])
@@ -275,8 +290,8 @@ def sharded_step(hp: train_gpt.Hyperparameters, gpus: int, nodes: int, gpu: GPU)
 def published_step(hp: train_gpt.Hyperparameters, gpus: int, nodes: int, gpu: GPU) -> tuple[float, float]:
     """Seconds of the updates, and with the collectives, none of which travels beside other work: an all-reduce of each
     parameter; then for each round of one matrix a rank, its update and an all-gather, and copies out of its buffer."""
-    backend = next(iter(gpu.attention))
-    matrices = [] if hp.direction == "adamw" else block_matrices(hp)
+    backend, rule = next(iter(gpu.attention)), Rule.of(hp.matrix_update)
+    matrices = [] if rule.alone else block_matrices(hp)
     shapes = {(m, n) for _, m, n in matrices}
     rounds = {shape: ceil(sum(tuple(at) == shape for _, *at in matrices) / gpus) for shape in shapes}
     rest = sum(s.numel() for s in parameters(hp).values()) - sum(m * n for _, m, n in matrices)
@@ -284,7 +299,7 @@ def published_step(hp: train_gpt.Hyperparameters, gpus: int, nodes: int, gpu: GP
     travel = sum(collective(gpus, nodes, s.numel() * (2 if name == "embed.weight" else 4), gpu, trips=2)
                  for name, s in apart(hp).items())
     for (m, n), count in rounds.items():
-        busy += seconds(update_kernels(count, m, n, hp.direction, "published"), gpu, backend, LAUNCH["published"])
+        busy += seconds(update_kernels(count, m, n, rule, "published"), gpu, backend, LAUNCH["published"])
         if gpus > 1:
             copies = seconds([Kernel(2, 0, 8 * m * n * gpus)], gpu, backend, LAUNCH["published"])
             travel += count * (collective(gpus, nodes, 4 * m * n * gpus, gpu) + copies)
@@ -323,7 +338,7 @@ class Published(NamedTuple):
     gpus: int
     torch: str
     attention: str
-    direction: str
+    recipe: str
     ms: float
 
 
@@ -332,15 +347,15 @@ class Published(NamedTuple):
 # The first line is the calibration. A100's line is not held out: a SUSTAINED of its own, .80, had been assumed, and was
 # given up for the common one when that prediction was 12% too short.
 PUBLISHED = (
-    Published("#17, Aurora", "H100", 8, "2.10", "FA2", "aurora", 157.3),
-    Published("#36, Muon", "H100", 8, "2.10", "FA2", "muon", 154.2),
-    Published("#6, Muon", "H100", 8, "2.11", "cuDNN", "muon", 146.3),
-    Published("#10, NorMuon", "H100", 8, "2.11", "cuDNN", "normuon", 147.0),
-    Published("#10, NorMuon", "H200", 8, "2.10", "FA2", "normuon", 144.0),
+    Published("#17, Aurora", "H100", 8, "2.10", "FA2", "17_aurora", 157.3),
+    Published("#36, Muon", "H100", 8, "2.10", "FA2", "36_muon_tuned", 154.2),
+    Published("#6, Muon", "H100", 8, "2.11", "cuDNN", "06_muon", 146.3),
+    Published("#10, NorMuon", "H100", 8, "2.11", "cuDNN", "10_normuon", 147.0),
+    Published("#10, NorMuon", "H200", 8, "2.10", "FA2", "10_normuon", 144.0),
     Published("#2, AdamW", "H100", 8, "2.10", "FA2", "adamw", 148.5),
-    Published("DynMuon, taken as Muon", "H200", 4, "2.9", "FA2", "muon", 288.2),
-    Published("Ortho, taken as Muon", "H200", 1, "2.11", "cuDNN", "muon", 1073.9),
-    Published("EMA-Nesterov, taken as Muon", "A100", 8, "2.11", "FA2", "muon", 351.0),
+    Published("DynMuon, taken as Muon", "H200", 4, "2.9", "FA2", "06_muon", 288.2),
+    Published("Ortho, taken as Muon", "H200", 1, "2.11", "cuDNN", "06_muon", 1073.9),
+    Published("EMA-Nesterov, taken as Muon", "A100", 8, "2.11", "FA2", "06_muon", 351.0),
 )
 
 
@@ -348,7 +363,7 @@ def check() -> list[dict]:
     """Each published step time beside its prediction."""
     rows = []
     for index, p in enumerate(PUBLISHED):
-        hp = train_gpt.Hyperparameters(direction=p.direction)
+        hp = train_gpt.override([f"@{p.recipe}"])
         ms = predict(hp, p.gpu, p.gpus, form="published", attention=p.attention)
         use = "calibration" if index == 0 else "seen" if p.gpu == "A100" else "held out"
         rows.append({"published program": p.program, "GPUs": f"{p.gpus}x{p.gpu}", "torch": p.torch,

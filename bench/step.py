@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from typing import NamedTuple
 from unittest import mock
 
@@ -34,7 +35,7 @@ from triton import KernelInterface
 
 import kernels
 import train_gpt
-from bench import in_turn, most_memory, override, parse, random_batch, roofline, run, wait
+from bench import RULES, in_turn, most_memory, override, parse, random_batch, roofline, run, wait
 from bench.baseline import Unfused
 from bench.kernels import UNKNOWN, clocks
 from bench.optimizer import WARM_UP, make_gradients
@@ -86,12 +87,13 @@ def ours(hp: train_gpt.Hyperparameters, place: train_gpt.Place, weights: dict, b
         model.compile(dynamic=False)
     banks = train_gpt.make_banks(model, hp, place)
     train_gpt.fill(banks, weights)
+    steps = count()
 
     def step():
         loss = train_gpt.accumulate_gradients(model, banks, batch, hp)
-        train_gpt.update(banks, 1.0)
+        train_gpt.update(banks, next(steps))
         return loss
-    return Program(step, model, [(bank, "update") for bank in banks])
+    return Program(step, model, [(bank, "advance") for bank in banks])
 
 
 def published(hp: train_gpt.Hyperparameters, place: train_gpt.Place, weights: dict, batch: tuple) -> Program:
@@ -205,7 +207,7 @@ def rows(hp: train_gpt.Hyperparameters, times: dict[str, list], memory: dict[str
 
 
 def verdict(times: dict[str, list], memory: dict[str, int], updates: dict[str, float]) -> str:
-    """`updates`: milliseconds of the optimizer with a direction. On a CPU no aim is met or missed."""
+    """`updates`: milliseconds of the optimizer by its rule. On a CPU no aim is met or missed."""
     gpu = torch.cuda.is_available()
     ms = statistics.median(times[OURS])
     faster, share = statistics.median(times[PUBLISHED]) / ms, memory[OURS] / memory[PUBLISHED]
@@ -234,8 +236,8 @@ def main(words: list[str]):
     groups = {name: profiled(program) for name, program in programs.items()}
     assert counters["stats"]["unique_graphs"] == graphs, "something was compiled again"
     gradients = make_gradients(hp, place.device)
-    updates = in_turn({direction: optimizer_of(replace(hp, direction=direction), gradients, place).step
-                       for direction in ("aurora", "muon")}, WARM_UP + ROUNDS)
+    each = {"aurora": hp, "muon": replace(hp, matrix_update=RULES["muon"])}
+    updates = in_turn({name: optimizer_of(hp, gradients, place).step for name, hp in each.items()}, WARM_UP + ROUNDS)
     ran = [line for line in train_gpt.facts(hp, place, {}, "").splitlines()
            if line.startswith(("attention", "kernels", "newton", "update", "micro_batch"))]
     dist.destroy_process_group()

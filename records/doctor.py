@@ -273,7 +273,7 @@ def estimate(run: dict, plan: str, gpus: list[Gpu], world: int, price: float | N
     from its published runs on 8; fewer take longer in proportion."""
     if not gpus:
         return []
-    if not gpus[0].name.endswith("H100 80GB HBM3") or "not a record attempt" in plan or run["direction"] != "aurora":
+    if not gpus[0].name.endswith("H100 80GB HBM3") or "not a record attempt" in plan or "| aurora(" not in run["matrix_update"]:
         return [f"time: no step of this run was published for {gpus[0].name}"]
     ms = statistics.median(float(row["step_avg_ms"]) for row in rows("record_17_curves.csv") if row["step_avg_ms"])
     hours = run["trials"] * run["train_steps"] * ms * 8 / world / 3.6e6

@@ -9,6 +9,12 @@ from matplotlib.figure import Figure
 import results
 
 RESULTS = Path(__file__).parent / "results"
+RULES = {  # of those that train: each with its publication's polar routine, without Contra-Muon and the floor
+    "muon": "nesterov(0.95) | polar | aspect | step",
+    "normuon": "nesterov(0.95) | jordan_polar | normuon(0.95) | aspect | step",
+    "u_normuon": "nesterov(0.95) | polar | u_normuon | aspect | step",
+    "aurora": "nesterov(0.95) | aurora(2, 0.5) | aspect | step",
+}
 
 
 def parse(name: str, description: str, words: list[str], trains: bool = False) -> argparse.Namespace:

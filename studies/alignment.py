@@ -25,7 +25,7 @@ from aurora import (
     u_normuon,
     wide_balanced_polar,
 )
-from studies import parse, publish, style
+from studies import RULES, parse, publish, style
 from studies.training import SMALL, open_process, shards_of, training
 
 M, N, ROUNDS = 512, 128, 5
@@ -52,7 +52,7 @@ def trained_inputs(words: list[str]) -> dict[str, Tensor]:
     open_process()
     found = {}
     for direction in ("muon", "aurora"):
-        hp = train_gpt.override([*words, f"direction={direction}"])
+        hp = train_gpt.override([f"matrix_update={RULES[direction]}", *words])
         with tqdm(total=hp.train_steps, desc=f"training with {direction}", leave=False, disable=None) as bar:
             for step, _, momenta in training(hp, seed=0):
                 bar.update(step - bar.n)

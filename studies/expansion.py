@@ -12,7 +12,7 @@ from functools import partial
 from matplotlib.figure import Figure
 
 import train_gpt
-from studies import parse, publish, style
+from studies import RULES, parse, publish, style
 from studies.training import GPT2_SMALL, SMALL, best_rate, device, interval, shards_of, sweep, training
 
 NAMES = ["muon", "u_normuon", "aurora"]
@@ -23,7 +23,8 @@ QUICK = ["model_dim=16", "head_dim=8", "num_layers=2", "train_steps=10", "val_to
 
 
 def run(words: list[str], direction: str, expansion: float, rate: float, seed: int) -> list[dict]:
-    hp = train_gpt.override([*words, f"direction={direction}", f"mlp_expansion={expansion}", f"matrix_lr={rate}"])
+    hp = train_gpt.override([f"matrix_update={RULES[direction]}", *words, f"mlp_expansion={expansion}",
+                             f"matrix_lr={rate}"])
     return [dict(direction=direction, mlp_expansion=expansion, matrix_lr=rate, seed=seed, step=step, val_loss=loss)
             for step, loss, _ in training(hp, seed)]
 
@@ -69,11 +70,11 @@ def paragraph(lines: list[dict], hp: train_gpt.Hyperparameters, rates: list[floa
         for line in lines if line["direction"] == name) for name in NAMES[1:])
     return f"""
         The paper's figure 11 has Aurora's gain over Muon grow with the MLP's expansion factor. Here: {hp.num_layers}
-        layers, {hp.model_dim} wide, {hp.train_steps} steps of {hp.batch_tokens} tokens, contra=0 and uw_floor=0 so that
-        directions alone differ; each direction at each factor has the best on seed 0 of the learning rates
-        {', '.join(f'{rate:g}' for rate in rates)}. Muon's validation loss less the other's, mean of {lines[0]['n']}
-        seeds and 95% interval of Student's t over pairs of equal seeds (a seed sets the initial weights, not the
-        data): {found}. At factor 1 the MLP's matrices are square: Aurora is Muon there, to the bit."""
+        layers, {hp.model_dim} wide, {hp.train_steps} steps of {hp.batch_tokens} tokens, without Contra-Muon and the
+        floor, so that directions alone differ; each direction at each factor has the best on seed 0 of the learning
+        rates {', '.join(f'{rate:g}' for rate in rates)}. Muon's validation loss less the other's, mean of
+        {lines[0]['n']} seeds and 95% interval of Student's t over pairs of equal seeds (a seed sets the initial
+        weights, not the data): {found}. At factor 1 the MLP's matrices are square: Aurora is Muon there, to the bit."""
 
 
 def main(words: list[str]):

@@ -15,10 +15,9 @@ from matplotlib.figure import Figure
 
 import train_gpt
 from aurora import leverage_scores
-from studies import parse, publish, style
+from studies import RULES, parse, publish, style
 from studies.training import GPT2_SMALL, SMALL, best_rate, device, interval, shards_of, sweep, training
 
-NAMES = ["muon", "normuon", "u_normuon", "aurora"]
 FULL = ["model_dim=64", "head_dim=32", "train_steps=1000"]
 QUICK = ["model_dim=16", "head_dim=8", "num_layers=2", "train_steps=20", "val_tokens=1024", "val_every=5",
          "val_every_late=5"]
@@ -26,7 +25,7 @@ QUICK = ["model_dim=16", "head_dim=8", "num_layers=2", "train_steps=20", "val_to
 
 def run(words: list[str], direction: str, rate: float, seed: int) -> list[dict]:
     """A row for each validation: loss, and the fraction of neurons starved then, and then and at every later look."""
-    hp = train_gpt.override([*words, f"direction={direction}", f"matrix_lr={rate}"])
+    hp = train_gpt.override([f"matrix_update={RULES[direction]}", *words, f"matrix_lr={rate}"])
     rows, starved = [], []
     for step, loss, momenta in training(hp, seed):
         rows.append(dict(direction=direction, matrix_lr=rate, seed=seed, step=step, val_loss=loss))
@@ -43,7 +42,7 @@ def run(words: list[str], direction: str, rate: float, seed: int) -> list[dict]:
 
 def summarise(done: dict[tuple, list], seeds: int) -> list[dict]:
     lines = []
-    for name in NAMES:
+    for name in RULES:
         rate = best_rate(done, (name,))
         runs = [done[name, rate, seed] for seed in range(seeds)]
         middle = next(i for i, row in enumerate(runs[0]) if row["step"] >= runs[0][-1]["step"] / 2)
@@ -64,8 +63,8 @@ def summarise(done: dict[tuple, list], seeds: int) -> list[dict]:
 def draw(done: dict[tuple, list], seeds: int) -> Figure:
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     starved, loss, rates = figure.subplots(1, 3)
-    for i, name in enumerate(NAMES):
-        look, best = style(i, len(NAMES)), best_rate(done, (name,))
+    for i, name in enumerate(RULES):
+        look, best = style(i, len(RULES)), best_rate(done, (name,))
         runs = [done[name, best, seed] for seed in range(seeds)]
         steps = [row["step"] for row in runs[0]]
         for axes, key in ((starved, "starved"), (loss, "val_loss")):
@@ -94,8 +93,8 @@ def paragraph(summary: list[dict], hp: train_gpt.Hyperparameters, seeds: int) ->
     return f"""
         The paper's figure 5 has more than 25% of the MLP neurons of a 340M model dead by step 500 of Muon, for good;
         its thresholds were not to be had. Here: {hp.num_layers} layers, {hp.model_dim} wide, {hp.mlp_dim} neurons
-        each, {hp.train_steps} steps of {hp.batch_tokens} tokens, contra=0 and uw_floor=0 so that directions alone
-        differ, each with its publication's polar routine; the best learning rate of the sweep on seed 0; mean of
+        each, {hp.train_steps} steps of {hp.batch_tokens} tokens, without Contra-Muon and the floor, so that directions
+        alone differ, each with its publication's polar routine; the best learning rate of the sweep on seed 0; mean of
         {seeds} seeds (a seed sets the initial weights, not the data) and 95% intervals of Student's t. Fraction
         of neurons whose momentum has a leverage score below .1 n/m ({starved}): {found}. Starved is not silent:
         a leverage score says how small a neuron's part of the update is, not that it never fires."""
@@ -108,7 +107,7 @@ def main(words: list[str]):
     rates, seeds = ([0.02], 2) if args.quick else ([0.005, 0.01, 0.02, 0.04], 3)
     hp = train_gpt.override(words)
     shards_of(hp)
-    done = sweep(partial(run, words), [(name,) for name in NAMES], rates, seeds)
+    done = sweep(partial(run, words), [(name,) for name in RULES], rates, seeds)
     summary = summarise(done, seeds)
     publish("neuron_death", args, [row for rows in done.values() for row in rows], draw(done, seeds),
             paragraph(summary, hp, seeds), summary)

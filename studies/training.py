@@ -1,7 +1,8 @@
 """Small training runs for the studies, of train_gpt.py's parts: without a GPU, two at a time on a thread each.
 
-contra=0 and uw_floor=0: the directions alone differ. The small size reads bytes (data/local.py --encoding bytes), of
-which it makes a vocabulary of 257; on a GPU the size is GPT-2 small's, on the shards that train_files names.
+Their update rules, studies.RULES, differ in the direction alone; STAGE.KNOB=VALUE changes all that have the stage. The
+small size reads bytes (data/local.py --encoding bytes), of which it makes a vocabulary of 257; on a GPU the size is
+GPT-2 small's, on the shards that train_files names.
 """
 
 import math
@@ -18,10 +19,9 @@ from tqdm import tqdm
 import train_gpt
 from train_gpt import Hyperparameters, Place
 
-DIRECTIONS_ALONE = ["contra=0", "uw_floor=0"]
-SMALL = ["@tiny", *DIRECTIONS_ALONE, "vocab_size=257", "num_layers=4", "batch_tokens=512", "sequence_length=64",
+SMALL = ["@tiny", "vocab_size=257", "num_layers=4", "batch_tokens=512", "sequence_length=64",
          "micro_batch=16", "val_every=100", "val_every_late=100"]
-GPT2_SMALL = [*DIRECTIONS_ALONE, "batch_tokens=65536", "val_tokens=1048576", "train_steps=1000", "val_every=100",
+GPT2_SMALL = ["batch_tokens=65536", "val_tokens=1048576", "train_steps=1000", "val_every=100",
               "val_every_late=100"]
 END_OF_TEXT = 50256
 # Student's t of two-sided 95% intervals, by degrees of freedom from 1
@@ -80,13 +80,12 @@ def training(hp: Hyperparameters, seed: int) -> Iterator[tuple[int, float, list[
     train_batches, validation = batches(train_shards, hp.batch_tokens, hp), next(batches(val_shards, hp.val_tokens, hp))
     for step in range(hp.train_steps + 1):
         if train_gpt.is_validation_step(step, hp):
-            momenta = [bank.optimizer.state[bank.own].get("momentum", torch.zeros_like(bank.own))[i]
-                       for bank, i in train_gpt.owned_neurons(banks).values()]
+            momenta = [bank.state["nesterov.momentum"][i] for bank, i in train_gpt.owned_neurons(banks).values()]
             yield step, train_gpt.validation_loss(model, *validation, hp), momenta
         if step == hp.train_steps:
             return
         train_gpt.accumulate_gradients(model, banks, next(train_batches), hp)
-        train_gpt.update(banks, train_gpt.learning_rate_factor(step, hp))
+        train_gpt.update(banks, step)
 
 
 def sweep(run: Callable, settings: list[tuple], rates: list[float], seeds: int) -> dict[tuple, list]:

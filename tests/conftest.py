@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from tests.interpreter import DEVICE  # isort: skip, before Triton is imported
 
@@ -25,6 +26,27 @@ MATMUL_DTYPES = [torch.float16, torch.bfloat16, pytest.param(torch.float32, mark
 
 ROOT = Path(__file__).resolve().parent.parent
 EOT = 50256
+
+
+def matrix_rule(direction: str, normalise: str = "") -> str:
+    """The text of a rule of the record's family, by its direction and by what follows contra."""
+    return " | ".join(["nesterov(0.95)", direction, "contra(0.4)", *filter(None, [normalise]), "aspect", "floor(0.35)",
+                       "step"])
+
+
+# the published members of the family, and AdamW
+UPDATES = {
+    "aurora": matrix_rule("aurora(2, 0.5)"),
+    "aurora_july": matrix_rule("aurora_july(2, 0.5)"),
+    "aurora_paper": matrix_rule("aurora_paper(2, 0.5)"),
+    "aurora_wide": matrix_rule("aurora_wide(3, 0.25)"),
+    "riemannian_aurora": matrix_rule("riemannian_aurora(3, 0.1)"),
+    "muon": matrix_rule("polar"),
+    "normuon": matrix_rule("jordan_polar", "normuon(0.95)"),
+    "normuon_lite": matrix_rule("polar", "normuon_lite(0.95)"),
+    "u_normuon": matrix_rule("polar", "u_normuon"),
+    "adamw": "adamw(0.9, 0.95, 1e-10, 0.1)",
+}
 
 
 def write_shard(path: Path, tokens, magic=20240520, version=1, count=None):
@@ -72,6 +94,27 @@ def quick(tmp_path_factory) -> list[str]:
     return [f"train_files={folder}/train_*.bin", f"val_files={folder}/val.bin", "batch_tokens=128",
             "sequence_length=16", "val_tokens=256", "micro_batch=2", "vocab_size=512", "num_layers=2",
             "model_dim=32", "head_dim=16", "train_steps=8", "val_every=4", "val_every_late=4", "target_loss=5"]
+
+
+def sliced(x, index):
+    """x[index] of slices, and perhaps an ellipsis, by the operator alone."""
+    index = index if isinstance(index, tuple) else (index, ...)
+    first, last = index[:index.index(...)], index[index.index(...) + 1:]
+    for dim, part in (*enumerate(first), *enumerate(last, -len(last))):
+        x = torch.ops.aten.slice(x, dim, part.start, part.stop)
+    return x
+
+
+class Unguarded(TorchFunctionMode):
+    """Slices and copies by their operators alone: Python's own ask for a guard of the device first, which a PyTorch
+    that is built without CUDA lacks. Fake tensors of a GPU need none."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.__getitem__:
+            return sliced(*args)
+        if function is torch.Tensor.__setitem__:
+            return torch.ops.aten.copy_(sliced(*args[:2]), args[2])
+        return (torch.ops.aten.copy_ if function is torch.Tensor.copy_ else function)(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

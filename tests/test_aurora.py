@@ -4,13 +4,16 @@ import functools
 
 import pytest
 import torch
+from conftest import UPDATES
 
+import aurora
 from aurora import (
     CANS_12,
-    DIRECTIONS,
     POLAR_EXPRESS_8,
     QUINTIC_5,
+    STAGES,
     Aurora,
+    Rule,
     alignment,
     balanced_polar,
     balanced_tangent,
@@ -34,6 +37,16 @@ from aurora import (
 
 SQUARE, TALL, WIDE = (24, 24), (48, 16), (16, 40)
 exact_polar = functools.partial(polar, dtype=torch.float64)
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """Has every stage take its polar factors in float64, by the record's table."""
+    for name in ("polar", "jordan_polar"):
+        monkeypatch.setattr(aurora, name, exact_polar)
+    for function in (balanced_polar, tall_balanced_polar, paper_balanced_polar, wide_balanced_polar,
+                     riemannian_balanced_polar):
+        monkeypatch.setattr(function, "__defaults__", (*function.__defaults__[:-1], exact_polar))
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -133,8 +146,8 @@ def same(U, v):
     return U, v
 
 
-# name: the factor, and what follows contra
-RULES = {
+# name of the update: the factor, and what follows contra
+LOOPS = {
     "aurora": (aurora_64, same),
     "aurora_july": (lambda G: aurora_64(G) if len(G) > G.size(1) else newton_schulz_64(G), same),
     "aurora_paper": (paper_64, same),
@@ -147,9 +160,9 @@ RULES = {
 }
 
 
-def step_64(W, G, M, v, lr, decay, direction="aurora", strength=0.4):
+def step_64(W, G, M, v, lr, decay, update="aurora", strength=0.4):
     m, n = G.shape
-    factor, normalise = RULES[direction]
+    factor, normalise = LOOPS[update]
     M = 0.95 * M + 0.05 * G
     N = 0.05 * G + 0.95 * M
     x = torch.ones(n, dtype=torch.float64) / n**0.5
@@ -167,31 +180,32 @@ def step_64(W, G, M, v, lr, decay, direction="aurora", strength=0.4):
     return W - lr * decay * W - lr * max(1, floor) * U, M, v
 
 
-@pytest.mark.parametrize("direction", RULES)
+@pytest.mark.parametrize("update", LOOPS)
 @pytest.mark.parametrize("strength", [0.4, 0.0])
-def test_twenty_steps_follow_the_independent_loop(direction, strength):
+def test_twenty_steps_follow_the_independent_loop(update, strength, exact):
     """Kills: momentum read before it is updated, Nesterov left out, beta .25 for .5, contra or aspect or floor
-    dropped or in another order, decay after the update, a zero gradient (step 0) that gives NaN; a direction under
+    dropped or in another order, decay after the update, a zero gradient (step 0) that gives NaN; a stage under
     another's name, NorMuon before contra, its mean over columns for rows, its state lost between steps.
 
     Everything in float64, so that nothing but a different rule can differ; 20 steps amplify 1e-16 to below 1e-9,
     the ten conjugate gradients of the Riemannian form leave 1e-6 of a step, on weights of 3 to 100.
     """
-    assert set(RULES) == set(DIRECTIONS)
+    assert {*LOOPS, "adamw"} == set(UPDATES)
     shapes = [SQUARE, TALL, SQUARE, WIDE, TALL]
     # small and large weights: for the large ones the floor binds
     weights = [(3.0 if i % 2 else 100.0) * draw(*s, seed=i, dtype=torch.float64) for i, s in enumerate(shapes)]
     params = [torch.nn.Parameter(w.clone()) for w in weights]
     momenta = [torch.zeros_like(w) for w in weights]
-    moments = [torch.zeros(max(s) if direction == "normuon_lite" else s[0], dtype=torch.float64) for s in shapes]
-    optimizer = Aurora(params, lr=0.02, weight_decay=0.1, direction=direction, contra=strength, polar=exact_polar)
+    moments = [torch.zeros(max(s) if update == "normuon_lite" else s[0], dtype=torch.float64) for s in shapes]
+    text = UPDATES[update].replace("| step", "| decay(0.1) | step")
+    optimizer = Aurora(params, lr=0.02, update=text if strength else text.replace("| contra(0.4) ", ""))
     for step in range(20):
         for i, p in enumerate(params):
             p.grad = draw(*p.shape, seed=100 * step + i, dtype=torch.float64) * (step > 0)
             weights[i], momenta[i], moments[i] = step_64(weights[i], p.grad, momenta[i], moments[i], 0.02, 0.1,
-                                                         direction, strength)
+                                                         update, strength)
         optimizer.step()
-    tolerance = 1e-4 if direction == "riemannian_aurora" else 1e-9
+    tolerance = 1e-4 if update == "riemannian_aurora" else 1e-9
     for p, w in zip(params, weights):
         assert p.isfinite().all()
         torch.testing.assert_close(p.detach(), w, rtol=tolerance, atol=tolerance)
@@ -199,7 +213,7 @@ def test_twenty_steps_follow_the_independent_loop(direction, strength):
 
 @pytest.mark.parametrize("gradient", [1e-6, 1e-8, 1e-10, 1e-12, 1e-20, 1e-23])
 @pytest.mark.parametrize("weight", [0, 1e-9, 1])
-def test_epsilons(gradient, weight):
+def test_epsilons(gradient, weight, exact):
     """Kills: any epsilon of the record (1e-7, 1e-7, 1e-14, 1e-10, 1e-8, 1e-8) left out or of another size.
 
     Gradients and weights so small that each of them decides, and rows of very different length for D's and the rows'.
@@ -210,7 +224,7 @@ def test_epsilons(gradient, weight):
         for rows in (1, spread):
             start = p.detach().clone()
             p.grad = gradient * rows * draw(*shape, seed=1, dtype=torch.float64)
-            Aurora([p], lr=1.0, polar=exact_polar).step()
+            Aurora([p], lr=1.0).step()
             expected, *_ = step_64(start, p.grad, torch.zeros_like(start), None, 1.0, 0.0)
             assert (p - expected).norm() <= 1e-9 * (expected - start).norm()
             p.data.copy_(start)
@@ -248,8 +262,12 @@ def test_row_scaling_and_rotation():
     torch.testing.assert_close(balanced_polar(G @ Q, polar=exact_polar), U @ Q, rtol=0, atol=1e-10)
 
 
+# stages that give a polar factor, evened or not: all that stand second in a rule of the family
+FACTORS = sorted({Rule.of(text).parts[1].stage.name for name, text in UPDATES.items() if name != "adamw"})
+
+
 def test_each_name_has_its_publications_routine():
-    """Kills: a table or a precision of another publication under a direction's name.
+    """Kills: a table or a precision of another publication under a stage's name.
 
     Compared bit for bit with the routine that each publication states, on all three shapes.
     """
@@ -257,15 +275,18 @@ def test_each_name_has_its_publications_routine():
     quintic = functools.partial(polar, coefficients=QUINTIC_5)
     express = functools.partial(polar, coefficients=POLAR_EXPRESS_8, dtype=torch.float32)
     schatten = functools.partial(polar, norm=schatten4)
-    own = {"aurora": polar, "aurora_july": cans, "aurora_paper": cans, "aurora_wide": schatten, "muon": polar,
-           "riemannian_aurora": express, "normuon": quintic, "normuon_lite": polar, "u_normuon": polar}
-    for name, routine in own.items():
+    own = {"aurora": (balanced_polar, polar), "aurora_july": (tall_balanced_polar, cans),
+           "aurora_paper": (paper_balanced_polar, cans), "aurora_wide": (wide_balanced_polar, schatten),
+           "riemannian_aurora": (riemannian_balanced_polar, express)}
+    routines = {name: functools.partial(factor, polar=routine) for name, (factor, routine) in own.items()}
+    routines |= {"polar": polar, "jordan_polar": quintic}
+    assert sorted(routines) == FACTORS
+    for name, routine in routines.items():
         for shape in (SQUARE, TALL, WIDE):
             G = draw(2, *shape)
-            assert torch.equal(DIRECTIONS[name].factor(G), DIRECTIONS[name].factor(G, polar=routine)), (name, shape)
-    assert set(own) == set(DIRECTIONS)
-    others = {name: DIRECTIONS[name].factor(draw(*SQUARE), polar=routine) for name, routine in own.items()}
-    assert not torch.equal(others["aurora"].float(), others["aurora_july"])  # the routines do differ
+            assert torch.equal(STAGES[name].function(G), routine(G).to(G.dtype)), (name, shape)
+    others = {name: STAGES[name].function(draw(*SQUARE)) for name in own}
+    assert not torch.equal(others["aurora"], others["aurora_july"])  # the routines do differ
     assert not torch.equal(others["aurora"], others["aurora_wide"])
 
 
@@ -396,11 +417,11 @@ def test_rows_that_cannot_be_even():
     assert row_norm_cv(U) > 0.8
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_zero_gradient_and_not_a_number(direction):
+@pytest.mark.parametrize("name", FACTORS)
+def test_zero_gradient_and_not_a_number(name):
     """Kills: a division by zero at step 0, where every gradient is zero; a NaN that is hidden and trained on."""
     for shape in (SQUARE, TALL, WIDE):
-        factor = DIRECTIONS[direction].factor
+        factor = STAGES[name].function
         assert factor(torch.zeros(2, *shape)).abs().max() == 0
         broken = draw(2, *shape)
         broken[0, 3, 3] = torch.nan

@@ -1,32 +1,32 @@
 """Banks: an update is the same for every number of ranks, and can be held by a CUDA graph."""
 
 import contextlib
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import one_process
+from conftest import UPDATES, Unguarded, one_process
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import aurora
-from aurora import DIRECTIONS, Aurora
-from train_gpt import GPT, Place, Replayed, fill, initial_weights, make_banks, override, update
+from aurora import Aurora, Rule, advance_
+from train_gpt import GPT, Place, Replayed, fill, initial_weights, learning_rate_factor, make_banks, override, update
 
 CPU = torch.device("cpu")
-RULES = [*DIRECTIONS, "adamw"]
-# 3 blocks: 12 squares, 3 tall and 3 wide matrices; of the tall ones 4 ranks own 1, 1, 1 and none
-SHAPE = ["num_layers=3", "model_dim=16", "head_dim=8", "vocab_size=64"]
+# 3 blocks: 12 squares, 3 tall and 3 wide matrices; of the tall ones 4 ranks own 1, 1, 1 and none. The rate of every
+# step is another
+SHAPE = ["num_layers=3", "model_dim=16", "head_dim=8", "vocab_size=64", "warmup_steps=10"]
 
 
 def gradients(bank, step: int):
     """Four parts, which the ranks share; whole numbers, whose sum is exact in any order."""
-    shape = bank.gradients[:bank.count].shape
+    shape = bank.gradients[:bank.shares.count].shape
     return torch.randint(-9, 10, (4, *shape), generator=torch.Generator().manual_seed(step)).float()
 
 
@@ -41,16 +41,16 @@ def train(words: list[str], saved: list | None = None, first: int = 0, last: int
     for step in range(first, last):
         for bank in banks:
             parts = gradients(bank, step).chunk(place.world)[place.rank]
-            bank.gradients[:bank.count] = parts.sum(0)
+            bank.gradients[:bank.shares.count] = parts.sum(0)
             bank.reduce()
-        update(banks, 0.5)
+        update(banks, step)
     return {name: p.detach().clone() for name, p in model.named_parameters()}, [
-        {name: x.clone() for name, x in bank.state().items()} for bank in banks]
+        {name: x.clone() for name, x in bank.gather_state().items()} for bank in banks]
 
 
 def share(saved):
-    return {direction: (*train([f"direction={direction}"]), train([f"direction={direction}"], saved[direction], 2)[0])
-            for direction in saved}
+    words = {name: [f"matrix_update={UPDATES[name]}"] for name in saved}
+    return {name: (*train(words[name]), train(words[name], saved[name], 2)[0]) for name in saved}
 
 
 def one_of_several(rank: int, world: int, folder: str):
@@ -65,7 +65,7 @@ def one_of_several(rank: int, world: int, folder: str):
 def alone():
     """What one process has after 3 steps, and after 2."""
     with one_process():
-        saved = {d: train([f"direction={d}"], last=2)[1] for d in ("aurora", "normuon", "adamw")}
+        saved = {name: train([f"matrix_update={UPDATES[name]}"], last=2)[1] for name in ("aurora", "normuon", "adamw")}
         return saved, share(saved)
 
 
@@ -79,16 +79,16 @@ def test_every_number_of_ranks_gives_the_same_bits(alone, world, tmp_path):
     mp.spawn(one_of_several, (world, str(tmp_path)), nprocs=world)
     for rank in range(world):
         several = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for direction, (weights, states, resumed) in one.items():
-            for a, b in ((weights, several[direction][0]), (resumed, several[direction][2])):
+        for rule, (weights, states, resumed) in one.items():
+            for a, b in ((weights, several[rule][0]), (resumed, several[rule][2])):
                 assert all(torch.equal(a[name], b[name]) for name in weights)
-            for state, other in zip(states if rank == 0 else [], several[direction][1]):
+            for state, other in zip(states if rank == 0 else [], several[rule][1]):
                 assert state.keys() == other.keys()
-                assert all(torch.equal(x, other[name]) for name, x in state.items()), direction
+                assert all(torch.equal(x, other[name]) for name, x in state.items()), rule
 
 
 def test_a_state_goes_on_to_the_same_bits(alone):
-    """Kills: a master, a moment or AdamW's count of steps that a state lacks."""
+    """Kills: a master or a moment that a state lacks, a count of steps that begins anew."""
     for weights, _, resumed in alone[1].values():
         assert all(torch.equal(weights[name], resumed[name]) for name in weights)
 
@@ -111,13 +111,16 @@ def test_a_step_is_that_of_the_plain_optimizers():
         matrices += [p for name, p in params.items() if "blocks" in name and p.ndim == 2 and name not in thirds]
         adamw = dict(betas=(0.8, 0.95), eps=1e-10, weight_decay=0, fused=True)
         vectors = [p for p in params.values() if p.ndim == 1]
-        optimizers = [Aurora(matrices, lr=0.5 * hp.matrix_lr), *(
-            torch.optim.AdamW(group, lr=torch.tensor(lr) * 0.5, **adamw) for group, lr in (
-                ([params["embed.weight"]], 0.3), ([params["head.weight"]], 1 / 320), (vectors, 0.01)))]
+        rates = hp.matrix_lr, 0.3, 1 / 320, 0.01
+        optimizers = [Aurora(matrices), *(torch.optim.AdamW(group, lr=torch.tensor(0.0), **adamw) for group in (
+            [params["embed.weight"]], [params["head.weight"]], vectors))]
         for step in range(3):
+            for optimizer, rate in zip(optimizers, rates):
+                lr = rate * learning_rate_factor(step, hp)
+                optimizer.param_groups[0]["lr"] = lr if isinstance(optimizer, Aurora) else torch.tensor(lr)
             for bank in layout:
                 parts = gradients(bank, step)
-                bank.gradients[:bank.count] = parts.sum(0)
+                bank.gradients[:bank.shares.count] = parts.sum(0)
                 for name, g in zip(bank.params, bank.views(bank.gradients)):
                     for p, part in zip(thirds.get(name, [params[name]]), g.chunk(3 if name in thirds else 1)):
                         p.grad = part.to(p.dtype).clone()
@@ -222,18 +225,20 @@ def in_graphs(monkeypatch):
 
 
 def all_tensors(banks) -> list[torch.Tensor]:
-    return [t for bank in banks for t in (bank.weights, bank.own.detach(), *bank.optimizer.state[bank.own].values())]
+    return [t for bank in banks for t in (bank.weights, bank.masters, *bank.state.values())]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", UPDATES)
 def test_a_graph_gives_the_bits_of_eager_updates(rule, in_graphs):
-    """Kills: a rate, a decay or a count of steps that is a constant of the graph, state that is born in the capture and
-    so anew at each replay, a number that is read meanwhile, a gradient that --neurons does not find after a replay, a
-    state() that lacks what replays did, or that a graph of fresh banks does not go on from.
+    """Kills: a rate, a decay, a knob's schedule or a count of steps that is a constant of the graph, state that is born
+    in the capture and so anew at each replay, a number that is read meanwhile, a gather_state() that lacks what replays
+    did, or that a graph of fresh banks does not go on from.
 
     Six steps at six rates; with graphs, a state goes into fresh banks after the third.
     """
-    hp = override([*SHAPE, f"direction={rule}", "weight_decay=0.1", "adam_weight_decay=0.1"])
+    text = UPDATES[rule].replace("nesterov(0.95)", "nesterov(ramp(0.85, 0.95, 1, 5))")
+    hp = override([*SHAPE, f"matrix_update={text.replace('| step', '| decay(0.1) | step')}",
+                   "adam_update=adamw(0.8, 0.95, 1e-10, 0.1)"])
 
     def fresh():
         model = GPT(hp)
@@ -243,15 +248,15 @@ def test_a_graph_gives_the_bits_of_eager_updates(rule, in_graphs):
 
     def advance(banks, step: int):
         for bank in banks:
-            bank.gradients[:bank.count] = gradients(bank, step).sum(0)
-        update(banks, 1 - step / 10)
+            bank.gradients[:bank.shares.count] = gradients(bank, step).sum(0)
+        update(banks, step)
 
     with one_process():
         eager, graphed = fresh(), fresh()
         in_graphs(graphed)
         for step in range(6):
             if step == 3:
-                states = [bank.state() for bank in graphed]
+                states = [bank.gather_state() for bank in graphed]
                 graphed = fresh()
                 in_graphs(graphed)
                 for bank, state in zip(graphed, states, strict=True):
@@ -259,35 +264,12 @@ def test_a_graph_gives_the_bits_of_eager_updates(rule, in_graphs):
             advance(eager, step)
             advance(graphed, step)
             assert all(torch.equal(a, b) for a, b in zip(all_tensors(eager), all_tensors(graphed), strict=True))
-            for bank in graphed:
-                assert torch.equal(bank.own.grad, bank.gradients[bank.mine].to(bank.own.dtype))
             if step % 3 == 0:
                 addresses = [t.data_ptr() for t in all_tensors(graphed)]
             assert addresses == [t.data_ptr() for t in all_tensors(graphed)]
 
 
-def sliced(x, index):
-    """x[index] of slices, and perhaps an ellipsis, by the operator alone."""
-    index = index if isinstance(index, tuple) else (index, ...)
-    first, last = index[:index.index(...)], index[index.index(...) + 1:]
-    for dim, part in (*enumerate(first), *enumerate(last, -len(last))):
-        x = torch.ops.aten.slice(x, dim, part.start, part.stop)
-    return x
-
-
-class Unguarded(TorchFunctionMode):
-    """Slices and copies by their operators alone: Python's own ask for a guard of the device first, which a PyTorch
-    that is built without CUDA lacks. Fake tensors of a GPU need none."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.__getitem__:
-            return sliced(*args)
-        if function is torch.Tensor.__setitem__:
-            return torch.ops.aten.copy_(sliced(*args[:2]), args[2])
-        return (torch.ops.aten.copy_ if function is torch.Tensor.copy_ else function)(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", UPDATES)
 def test_an_update_can_be_in_a_cuda_graph(rule, monkeypatch):
     """Kills: a number read from the GPU, a tensor that is built on the CPU and sent, AdamW with a rate or a count of
     steps on the CPU, a bank on a GPU whose update is in no graph, a parameter or gradient that vector instructions
@@ -296,7 +278,7 @@ def test_an_update_can_be_in_a_cuda_graph(rule, monkeypatch):
     Of the record's shapes, on fake tensors of a GPU: what needs a value is an error there. The compiled update's
     operators are those of the function that is compiled.
     """
-    hp = override([f"direction={rule}", "num_layers=2"])
+    hp = override([f"matrix_update={UPDATES[rule]}", "num_layers=2"])
     place = Place(0, 1, torch.device("cuda", 0))
     graphs, steps_of_adamw = [], []
 
@@ -311,18 +293,17 @@ def test_an_update_can_be_in_a_cuda_graph(rule, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch, "_fused_adamw_", fused_adamw)  # it has no fake
-    monkeypatch.setattr(aurora, "compiled_advance", lambda: aurora.advance_)
+    monkeypatch.setattr(aurora, "compiled_rule", lambda text: partial(advance_, Rule.of(text)))
     with FakeTensorMode(), Unguarded():
         banks = make_banks(GPT(hp), hp, place)
-        for _ in range(2):
+        for step in range(2):
             for bank in banks:
                 bank.reduce()
-            update(banks, 0.5)
+            update(banks, step)
         for bank in banks:
-            assert bank.group.get("capturable", True)  # else PyTorch refuses to capture AdamW
             assert all(t.storage_offset() * t.element_size() % 16 == 0
                        for slots in (bank.weights, bank.gradients) for t in bank.views(slots))
-    assert len(steps_of_adamw) == 2 * sum(isinstance(bank.optimizer, torch.optim.AdamW) for bank in banks)
+    assert len(steps_of_adamw) == 2 * sum(bank.rule.alone for bank in banks)
     assert all(isinstance(t, torch.Tensor) for tensors in steps_of_adamw for t in tensors)
     captured = [graph.calls for graph in graphs]
     assert len(captured) == len(banks) and all(captured)

@@ -21,7 +21,7 @@ of_a_cpu = pytest.mark.skipif(kernels.GPU, reason="needs a machine without a GPU
 def table(text: str) -> list[dict[str, str]]:
     """The rows of the first table of a text."""
     lines = next(part for part in text.split("\n\n") if part.startswith("| ")).splitlines()
-    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    head, _, *rows = ([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines)
     return [dict(zip(head, row)) for row in rows]
 
 
@@ -79,11 +79,13 @@ def test_in_turn(monkeypatch):
 
 @of_a_cpu
 def test_optimizer_on_a_cpu(tmp_path):
-    """Kills: a bench that does not run, a direction that is lost, a number of a GPU that nothing measured."""
-    optimizer.main([*TINY, "muon", "normuon", "-o", str(tmp_path)])
+    """Kills: a bench that does not run, a rule that is lost or taken for a hyperparameter, a number of a GPU that
+    nothing measured."""
+    optimizer.main([*TINY, "muon", "normuon", "nesterov | floor(target=0.3) | step", "-o", str(tmp_path)])
     text = (tmp_path / "optimizer.md").read_text()
     rows = table(text)
-    assert [row["optimizer"] for row in rows] == ["muon", "normuon", "aurora", optimizer.UNFUSED]
+    assert [row["optimizer"] for row in rows] == ["muon", "normuon", r"nesterov \| floor(target=0.3) \| step", "aurora",
+                                                   optimizer.UNFUSED]
     assert all(float(row["ms"]) > 0 < float(row["memory, MB"]) and row["launches"] == "not measured" for row in rows)
     assert "(aim: 2; m" in text
 

@@ -13,7 +13,7 @@ from conftest import ROOT
 KERNELS = "import json; from bench.compile import compiled; print(json.dumps([row._asdict() for row in compiled()]))"
 GRAPHS = """
 import json
-from bench import roofline
+from bench import RULES, roofline
 from bench.graph import PROGRAMS, memory_rows, rows, update_rows
 from records.doctor import RESERVE, step_bytes
 from train_gpt import override
@@ -23,7 +23,7 @@ def bound(hp):
     parameters = sum(shape.numel() for shape in roofline.parameters(hp).values())
     return step_bytes(vars(hp) | {"mlp_dim": hp.mlp_dim}, parameters, hp.micro_batch, True) - RESERVE
 print(json.dumps(dict(layers=[(rows(hp), *memory_rows(hp), bound(hp)) for hp in recipes],
-                      updates=[update_rows(override([f"direction={name}"])) for name in ("aurora", "normuon")])))
+                      updates=[update_rows(override(words)) for words in ([], [f"matrix_update={RULES['normuon']}"])])))
 """
 of_pytorch_2_13 = pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="bench.graph is of PyTorch 2.13")
 

@@ -5,9 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from conftest import UPDATES
 from torch.utils.flop_counter import FlopCounterMode
 
+import aurora
 import train_gpt
+from aurora import Rule
 from bench import roofline
 from kernels.cross_entropy import head_loss_reference
 
@@ -45,8 +48,22 @@ def test_flops_of_the_record():
     found = roofline.flops(RECORD)
     g = 2 * 768**3  # an iteration of a square matrix is 3 g, of one four times as wide 4 g + g + 4 g
     assert found["Newton-Schulz"] == 12 * (48 * 3 * g + 2 * 24 * 9 * g)
-    assert roofline.flops(replace(RECORD, direction="muon"))["Newton-Schulz"] == 12 * (48 * 3 * g + 24 * 9 * g)
+    muon = roofline.flops(replace(RECORD, matrix_update=UPDATES["muon"]))
+    assert muon["Newton-Schulz"] == 12 * (48 * 3 * g + 24 * 9 * g)
     assert found["products"] + found["attention"] == pytest.approx(423.3e12, abs=0.05e12)
+
+
+@pytest.mark.parametrize("shape", [(12, 4), (4, 12), (6, 6)])
+@pytest.mark.parametrize("text", [*UPDATES.values(), "aurora(iterations=3) | step", "aurora | step",
+                                  "riemannian_aurora(1) | step", "nesterov(0.95) | step"])
+def test_polar_factors_are_those_that_run(text, shape, monkeypatch):
+    """Kills: a stage whose polar factors are not counted, iterations that stand in the text and are not read, a shape
+    that is evened where it is not, or the other way around."""
+    ran, newton_schulz = [], aurora.newton_schulz
+    monkeypatch.setattr(aurora, "newton_schulz", lambda *args: ran.append(args) or newton_schulz(*args))
+    rule, W = Rule.of(text), torch.randn(1, *shape)
+    rule.advance_(W, torch.randn(1, *shape), rule.state(W), dict(lr=0.1, t=torch.ones(())))
+    assert roofline.polar_factors(rule, *shape) == len(ran)
 
 
 def test_newton_schulz_as_it_runs():
@@ -101,7 +118,7 @@ def test_what_must_not_fall_or_rise():
     for change in (dict(num_layers=13), dict(model_dim=896), dict(mlp_expansion=5.0), dict(vocab_size=60000)):
         assert roofline.predict(replace(RECORD, **change), "H100", 8) > base
     assert roofline.predict(RECORD, "H100", 8, attention="FA2") > base
-    assert roofline.predict(replace(RECORD, direction="muon"), "H100", 8) < base
+    assert roofline.predict(replace(RECORD, matrix_update=UPDATES["muon"]), "H100", 8) < base
     # a byte more slowly: two nodes of 4 where one of 8 would do
     assert roofline.predict(RECORD, "H100", 8, nodes=2) > base
     with pytest.raises(ValueError, match="3 GPUs in 1 nodes"):

@@ -42,7 +42,7 @@ train_gpt.main(sys.argv[1:])
 """
 
 
-def killed(folder: Path, words, owner="train_gpt", name="learning_rate_factor", calls=6, number=signal.SIGKILL):
+def killed(folder: Path, words, owner="train_gpt", name="update", calls=6, number=signal.SIGKILL):
     folder.mkdir(exist_ok=True)
     (folder / "killed.py").write_text(SELF_KILL.format(owner=owner, name=name, calls=calls, signal=int(number)))
     return start(words, folder, folder / "killed.py", PYTHONPATH=str(ROOT))
@@ -63,7 +63,7 @@ def whole(words, tmp_path_factory):
 
 def same(folder: Path, whole: Path):
     assert curve(folder) == curve(whole)
-    assert kill.same(folder, whole) and len(tensors(read_checkpoint(checkpoint_of(whole)))) == 18
+    assert kill.same(folder, whole) and len(tensors(read_checkpoint(checkpoint_of(whole)))) == 15
 
 
 def test_checkpoints_change_nothing(whole, quick, tmp_path):
@@ -145,7 +145,7 @@ def test_another_number_of_processes_goes_on(words, whole, tmp_path):
     assert "resumed: step 3, world_size 2\n" in log.read_text()
     places = [{(place, x.shape) for place, x in tensors(read_checkpoint(checkpoint_of(folder)))}
               for folder in (tmp_path, whole)]
-    assert len(places[0]) == 18 and places[0] == places[1]
+    assert len(places[0]) == 15 and places[0] == places[1]
 
 
 def test_a_fork_is_a_variation_and_no_evidence(quick, whole, tmp_path, capsys):
@@ -155,7 +155,7 @@ def test_a_fork_is_a_variation_and_no_evidence(quick, whole, tmp_path, capsys):
     folder = checkpoint_of(tmp_path)
     before = {path: path.read_bytes() for path in (tmp_path / "logs").glob("*.*") if path.is_file()}
     for mu in (0.95, 0.5):
-        train(tmp_path, ["--fork-from", str(folder), "train_steps=11", f"mu={mu}"])
+        train(tmp_path, ["--fork-from", str(folder), "train_steps=11", f"nesterov.mu={mu}"])
     assert all(path.read_bytes() == content for path, content in before.items())
     forks = sorted(set((tmp_path / "logs").glob("*.txt")) - set(before), key=os.path.getmtime)
     trials = [read(path).trials[0] for path in forks]
@@ -220,7 +220,7 @@ def test_killed_at_any_moment(tmp_path):
     assert re.fullmatch(r"\(5, [1-5]\)\n", run.stdout), run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("words", [["--resume", "logs/a.checkpoint"], ["--fork-from", "logs/a.checkpoint", "mu=0.9"]])
+@pytest.mark.parametrize("words", [["--resume", "logs/a.checkpoint"], ["--fork-from", "logs/a.checkpoint", "nesterov.mu=0.9"]])
 def test_run_sh_leaves_a_checkpoint_its_recipe(words, tmp_path):
     """Kills: @tiny before --resume, which takes no values, or over those of the run that a fork leaves."""
     (tmp_path / "run.sh").write_text((ROOT / "run.sh").read_text())

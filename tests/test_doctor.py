@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, write_shard
 
+from aurora import RESULT_17
 from records import doctor
 from records.__main__ import main
 
@@ -18,7 +19,7 @@ NODE = "".join(f"{index}, GPU-{index}a7e, 580.65.06, Disabled, NVIDIA H100 80GB 
 HEALTHY = NODE[:len(NODE) // 4]
 SMALL = "0, GPU-3090, 580.65.06, [N/A], NVIDIA GeForce RTX 3090, 8.6, 24576, 20\n"
 RECORD = dict(batch_tokens=524288, sequence_length=1024, micro_batch=64, vocab_size=50304, num_layers=12, model_dim=768,
-              mlp_dim=3072, activation="relu2", direction="aurora", train_steps=3200, trials=1, checkpoints=0,
+              mlp_dim=3072, activation="relu2", matrix_update=RESULT_17, train_steps=3200, trials=1, checkpoints=0,
               fineweb_shards=17)  # as the trainer's defaults
 
 

@@ -1,14 +1,16 @@
 """What Dynamo makes of the model and of an update, which a GPU runs compiled: graphs without a break, each compiled
 once, with the bits of their operators one by one."""
 
+from functools import partial
+
 import pytest
 import torch
-from conftest import DEVICE, one_process
+from conftest import DEVICE, UPDATES, one_process
 from torch import nn
 from torch._dynamo.utils import counters
 
 import aurora
-from aurora import Aurora, advance_
+from aurora import Aurora, Rule, advance_
 from kernels import cross_entropy, mlp, norm, qkv
 from train_gpt import GPT, Place, accumulate_gradients, fill, initial_weights, make_banks, override, validation_loss
 
@@ -59,30 +61,38 @@ def test_the_model_is_one_graph_and_another_to_validate(monkeypatch):
 
 
 # the record's, one with a second moment, one that stays in fp32
-@pytest.mark.parametrize("direction", ["aurora", "normuon_lite", "aurora_july"])
-def test_an_update_is_one_graph_a_shape(direction, monkeypatch):
+@pytest.mark.parametrize("update", ["aurora", "normuon_lite", "aurora_july"])
+def test_an_update_is_one_graph_a_shape(update, monkeypatch):
     """Kills: a construct that breaks the graph, a number of a schedule or of the steps so far that is a constant of the
     graph, so that each step compiles again; a number of a trial, for which the next one does.
 
     By class Aurora, whose stacks of three shapes are updated in one call each.
     """
+    text = UPDATES[update].replace("nesterov(0.95)", "nesterov(ramp(0.85, 0.95, 0, 2))")
+    text = text.replace("| step", "| decay(0.1) | step")
+
     def trial(advance):
-        monkeypatch.setattr(aurora, "advance_", advance)
-        stacks = [nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
-                  for shape in ((3, 16, 16), (2, 24, 8), (2, 8, 24))]
-        numbers = {name: torch.tensor(x) for name, x in dict(lr=0.0, weight_decay=0.1, mu=0.95).items()}  # as on a GPU
-        optimizer = Aurora(stacks, direction=direction, **numbers)
+        # as on a GPU, where numbers are tensors
+        monkeypatch.setattr(aurora, "advance_", lambda rule, W, G, state, knobs: advance(
+            W, G, state, {name: torch.as_tensor(x, dtype=torch.float32) for name, x in knobs.items()}))
+        shapes = [(16, 16)] * 3 + [(24, 8)] * 2 + [(8, 24)] * 2
+        params = [nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i)))
+                  for i, shape in enumerate(shapes)]
+        optimizer = Aurora(params, update=text)
+        group, = optimizer.param_groups
         made = []
         for step in range(3):
-            numbers["lr"].fill_(0.02 / (1 + step))
-            for p in stacks:
-                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            group["lr"] = 0.02 / (1 + step)
+            for i, p in enumerate(params):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + i))
             optimizer.step()
             made.append(graphs())
-        return made, [p.detach() for p in stacks] + [x for p in stacks for x in optimizer.state[p].values()]
+        state = [x for p in params for name, x in optimizer.state[p].items() if name != "step"]
+        return made, [p.detach() for p in params] + state
 
-    compiled = torch.compile(advance_, dynamic=False, backend="aot_eager")
-    (none, eager), (made, first), (again, second) = map(trial, (advance_, compiled, compiled))
+    eager = partial(advance_, Rule.of(text))
+    compiled = torch.compile(eager, dynamic=False, backend="aot_eager")
+    (none, plain), (made, first), (again, second) = map(trial, (eager, compiled, compiled))
     assert (none, made, again) == ([0] * 3, [3] * 3, [3] * 3)
     for trained in (first, second):
-        assert all(torch.equal(a, b) for a, b in zip(eager, trained, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(plain, trained, strict=True))

@@ -92,10 +92,15 @@ FAULTS = [  # what is typed, what is planted, the line that a person reads
     (["fast"], nothing, "'fast' is not understood: write NAME=VALUE or @RECIPE"),
     (["@nowhere"], nothing, "@nowhere: there is no records/nowhere/recipe and no file nowhere"),
     (["micro_batch=0"], nothing, "micro_batch=0: it is at least 1 and below 2^63"),
-    (["mu=2"], nothing, "mu=2.0: the weight of the past is below 1"),
-    (["direction=adam"], nothing,
-     "direction='adam': it is one of aurora, aurora_july, aurora_paper, aurora_wide, riemannian_aurora, "
-     "muon, normuon, normuon_lite, u_normuon, adamw"),
+    (["nesterov.mu=2"], nothing, "nesterov(2): mu is a number at least 0 and below 1, not 2"),
+    (["matrix_update=nesterov | polr | step"], nothing,
+     "matrix_update: there is no stage 'polr'; the nearest is 'polar'"),
+    (["matrix_update=nesterov | floor(taget=0.4) | step"], nothing,
+     "matrix_update: floor(taget=0.4): floor has no 'taget'; the nearest is 'target'"),
+    (["matrix_update=contra(0.4) | step"], nothing,
+     "matrix_update: contra needs N, which no stage before it makes: nesterov does"),
+    (["matrix_update=nesterov | polar"], nothing,
+     "matrix_update: 'nesterov | polar' does not move the weight: end it with | step"),
     (["head_dim=12"], nothing, "head_dim=12 does not divide model_dim=32"),
     (["--sead", "1"], nothing, "unrecognized arguments: --sead 1"),
     (["--trials", "0"], nothing, "--seed 0 --trials 0: seeds are 0 to 2^63 - 1, trials at least 1"),
@@ -121,7 +126,7 @@ FAULTS = [  # what is typed, what is planted, the line that a person reads
     (RESUME, nothing, "[Errno 2] No such file or directory: 'logs/run.checkpoint/manifest.json'"),
     (RESUME, checkpoint(),
      "logs/run.txt is not here, or shorter than logs/run.checkpoint says: start where logs/ holds both"),
-    ([*RESUME, "mu=0.9"], checkpoint(),
+    ([*RESUME, "matrix_lr=0.9"], checkpoint(),
      "--resume goes on as the run began, without NAME=VALUE; --fork-from starts a variation"),
     (RESUME, checkpoint(flip),
      "logs/run.checkpoint/seed0-step8.pt is damaged: its size or sha256 is not what manifest.json says"),
@@ -139,11 +144,14 @@ FAULTS = [  # what is typed, what is planted, the line that a person reads
      "logs/run.checkpoint/a.pt is no checkpoint: it is not made of tensors, numbers and text alone"),
     (RESUME, checkpoint(state(source_sha256="0")),
      "logs/run.checkpoint is of another version of this program: check out the commit that its log names"),
+    (RESUME, checkpoint(state(hyperparameters=dict(direction="aurora", mu=0.95))),
+     "logs/run.checkpoint is of another version of this program: check out the commit that its log names"),
     ([*FORK, "model_dim=64"], checkpoint(), "--fork-from: model_dim is 32 in logs/run.checkpoint and cannot change"),
     ([*FORK, "batch_tokens=256"], checkpoint(),
      "--fork-from: batch_tokens is 128 in logs/run.checkpoint and cannot change"),
-    ([*FORK, "direction=adamw"], checkpoint(),
-     "--fork-from: direction is aurora in logs/run.checkpoint; to or from adamw it cannot change"),
+    ([*FORK, "matrix_update=adamw"], checkpoint(),
+     "--fork-from: matrix_update is 'nesterov(0.95) | aurora(2, 0.5) | contra(0.4) | aspect | floor(0.35) | step' in "
+     "logs/run.checkpoint: to or from adamw it cannot change"),
     ([*FORK, "train_steps=8"], checkpoint(), "--fork-from: train_steps=8, and logs/run.checkpoint is at step 8"),
     ([], lambda folder, _: (folder / "logs").touch(), "rank 0: [Errno 17] File exists: 'logs'"),
     ([], fails("accumulate_gradients", torch.OutOfMemoryError()),
@@ -262,7 +270,7 @@ def test_finished_seeds_are_not_run_again(quick, tmp_path, capsys):
     assert seeds(["--trials", "3"]) == [2]
     said = [f"seed {seed} is finished, in logs/{name}: it is not run again" for seed in (0, 1)]
     assert capsys.readouterr().out.splitlines()[:2] == said
-    assert seeds(["--trials", "3"]) == [] and seeds(["--trials", "2", "mu=0.5"]) == [0, 1]
+    assert seeds(["--trials", "3"]) == [] and seeds(["--trials", "2", "nesterov.mu=0.5"]) == [0, 1]
     assert seeds(["--seed", "1"]) == [1]
     for path in tmp_path.glob("logs/*.txt"):
         path.write_text(path.read_text().replace("step:8/8 val_loss:", "step:8/8 val_loss:nan", 1))
@@ -292,13 +300,13 @@ def test_a_run_that_goes_on_runs_what_it_cuts_off(quick, tmp_path, monkeypatch):
 
 def meanwhile(monkeypatch, step: int, what):
     """Do something in the middle of a run."""
-    original = train_gpt.learning_rate_factor
+    original = train_gpt.update
 
-    def factor(now, hp):
+    def update(banks, now):
         if now == step:
             what()
-        return original(now, hp)
-    monkeypatch.setattr(train_gpt, "learning_rate_factor", factor)
+        original(banks, now)
+    monkeypatch.setattr(train_gpt, "update", update)
 
 
 def test_a_run_keeps_its_log_to_itself(quick, tmp_path, monkeypatch):
@@ -355,14 +363,14 @@ import os, signal, sys, time
 import heartbeat, train_gpt
 
 heartbeat.SILENT, heartbeat.STALLED = {silent}, {stalled}
-factor = train_gpt.learning_rate_factor
+update = train_gpt.update
 
-def otherwise(step, hp):
+def otherwise(banks, step):
     if step == 5 and os.environ.get("RANK", "0") == "{rank}":
         {what}
-    return factor(step, hp)
+    update(banks, step)
 
-train_gpt.learning_rate_factor = otherwise
+train_gpt.update = otherwise
 train_gpt.main(sys.argv[1:])
 """
 

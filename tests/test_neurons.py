@@ -42,12 +42,12 @@ def test_the_result_does_not_change_and_every_matrix_is_written(small, tmp_path)
     assert path.read_bytes().count(b"\x1f\x8b\x08\x00") + path.read_bytes().count(b"\x1f\x8b\x08\x08") == 2
 
 
-@pytest.mark.parametrize("direction", ["muon", "adamw"])
-def test_rows_are_what_they_are_called(small, direction, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rule", ["nesterov(0.95) | polar | aspect | step", "adamw(0.95, 0.95, 1e-10, 0)"])
+def test_rows_are_what_they_are_called(small, rule, tmp_path, monkeypatch):
     """Kills: norms of columns, a gradient of another step, an update that is the whole weight or is measured from
     after the step, the scores of the gradient or the weight in place of the momentum's."""
     monkeypatch.chdir(tmp_path)
-    hp = override([*small, f"direction={direction}", "contra=0", "uw_floor=0", "num_layers=1"])
+    hp = override([*small, f"matrix_update={rule}", "num_layers=1"])
     model = GPT(hp)
     place = Place(0, 1, torch.device("cpu"))
     banks = train_gpt.make_banks(model, hp, place)
@@ -61,17 +61,17 @@ def test_rows_are_what_they_are_called(small, direction, tmp_path, monkeypatch):
             for each in banks:
                 each.gradients.copy_(torch.randn(each.gradients.shape, generator=generator))
                 each.reduce()
-            before = bank.own[i].detach().clone()
-            train_gpt.update(banks, 1.0)
+            before = bank.masters[i].clone()
+            train_gpt.update(banks, step)
             gradient = bank.gradients[i].clone()
-            beta = 0.95  # mu, and with adamw the first beta too
+            beta = 0.95  # mu, and of adamw the first beta
             momentum = beta * momentum + (1 - beta) * gradient.double()
             train_gpt.record_neurons(banks, {"blocks.0.mlp.fc.weight": before}, 7, step + 1, place, log)
     look = read("logs/run.txt")[-1]
     assert (look.seed, look.step, look.layer, look.matrix, look.inputs) == (7, 3, 0, "fc", 32)
     M = momentum
     exact = dict(leverage=(M @ torch.linalg.inv(M.T @ M) @ M.T).diagonal(), momentum=M.norm(dim=1),
-                 gradient=gradient.norm(dim=1), update=(bank.own[i] - before).norm(dim=1))
+                 gradient=gradient.norm(dim=1), update=(bank.masters[i] - before).norm(dim=1))
     for name, values in exact.items():
         assert getattr(look, name) == pytest.approx(values.tolist(), rel=6e-4)  # half of the fourth digit, and fp32
 

@@ -87,14 +87,14 @@ def test_run_sh_with_gpus(tmp_path):
         stub.chmod(0o755)
     (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")
     with open(tmp_path / "said", "w") as said:
-        subprocess.run(["bash", "run.sh", "mu=0.9", "--seed", "3"], cwd=tmp_path, check=True, stdout=said,
+        subprocess.run(["bash", "run.sh", "matrix_lr=0.9", "--seed", "3"], cwd=tmp_path, check=True, stdout=said,
                        env={"PATH": "/usr/bin:/bin"})
     assert (tmp_path / "said").read_text() == "well\nstep\nlog: logs/a.txt\nPASS\n"
     assert (tmp_path / "calls").read_text().splitlines() == [
-        "python train_gpt.py --fineweb-shards mu=0.9 --seed 3 WORLD_SIZE=",
+        "python train_gpt.py --fineweb-shards matrix_lr=0.9 --seed 3 WORLD_SIZE=",
         "python data/cached_fineweb10B.py 17 WORLD_SIZE=",
-        "python -m records doctor -- mu=0.9 --seed 3 WORLD_SIZE=8",
-        "torchrun --standalone --nproc_per_node=8 train_gpt.py mu=0.9 --seed 3 WORLD_SIZE=",
+        "python -m records doctor -- matrix_lr=0.9 --seed 3 WORLD_SIZE=8",
+        "torchrun --standalone --nproc_per_node=8 train_gpt.py matrix_lr=0.9 --seed 3 WORLD_SIZE=",
         "python -m records verify logs/a.txt WORLD_SIZE="]
 
 

@@ -19,6 +19,7 @@ import triton
 from conftest import ROOT, one_process, train, write_shard
 
 import train_gpt
+from aurora import RESULT_17
 from kernels.cross_entropy import fused_head_loss
 from kernels.mlp import fused_relu2_mlp
 from kernels.newton_schulz import NEWTON_SCHULZ_CHOICE
@@ -47,13 +48,13 @@ def test_the_defaults_are_result_17():
         train_files="data/fineweb10B/fineweb_train_*.bin", val_files="data/fineweb10B/fineweb_val_*.bin",
         batch_tokens=524288, sequence_length=1024, val_tokens=10485760, micro_batch=64,
         vocab_size=50304, num_layers=12, model_dim=768, head_dim=128, mlp_expansion=4.0, activation="relu2",
-        embed_lr=0.3, head_lr=1 / 320, vector_lr=0.01, adam_beta1=0.8, adam_beta2=0.95, adam_eps=1e-10,
-        adam_weight_decay=0.0, matrix_lr=0.0375, weight_decay=0.0, mu=0.95,
-        direction="aurora", pp_iterations=2, pp_beta=0.5,
-        contra=0.4, uw_floor=0.35, warmup_steps=1, train_steps=3200, cooldown_frac=0.7,
+        matrix_update="nesterov(0.95) | aurora(2, 0.5) | contra(0.4) | aspect | floor(0.35) | step", matrix_lr=0.0375,
+        adam_update="adamw(0.8, 0.95, 1e-10, 0)", embed_lr=0.3, head_lr=1 / 320, vector_lr=0.01,
+        warmup_steps=1, train_steps=3200, cooldown_frac=0.7,
         val_every=125, val_every_late=25, target_loss=3.28)
     with pytest.raises(FrozenInstanceError):
-        Hyperparameters().mu = 0.9
+        Hyperparameters().matrix_lr = 0.9
+    assert Hyperparameters().matrix_update == RESULT_17
 
 
 def test_the_default_model_and_its_banks():
@@ -66,31 +67,24 @@ def test_the_default_model_and_its_banks():
     assert sum(p.numel() for p in model.parameters()) == 162_354_816
     banks = train_gpt.make_banks(model, hp, Place(0, 1, meta))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert [tuple(bank.own.shape) for bank in banks] == [
+    assert [tuple(bank.masters.shape) for bank in banks] == [
         (12, 3072, 768), (12, 768, 3072), (48, 768, 768), (50304 * 768,), (50304 * 768,),
         (162_354_816 - 2 * 50304 * 768 - 12 * 12 * 768**2,)]
-    assert [bank.own.dtype for bank in banks] == [torch.float32] * 4 + [torch.bfloat16, torch.float32]
+    assert [bank.masters.dtype for bank in banks] == [torch.float32] * 4 + [torch.bfloat16, torch.float32]
     head, embed = list(banks[3].params), list(banks[4].params)
     assert (head, embed) == (["head.weight"], ["embed.weight"])
-    for bank in banks[:3]:
-        (group,) = bank.optimizer.param_groups
-        assert {k: v for k, v in group.items() if k not in ("params", "lr")} == dict(
-            weight_decay=0.0, mu=0.95, direction="aurora", pp_iterations=2, pp_beta=0.5, contra=0.4, uw_floor=0.35)
-        assert bank.lr == 0.0375
-    for bank, lr in zip(banks[3:], (1 / 320, 0.3, 0.01)):
-        assert (bank.lr, *map(bank.group.get, ("betas", "eps", "weight_decay"))) == (lr, (0.8, 0.95), 1e-10, 0)
+    assert [(bank.rule.text, bank.lr(0)) for bank in banks] == [
+        *((hp.matrix_update, 0.0375),) * 3, *((hp.adam_update, lr) for lr in (1 / 320, 0.3, 0.01))]
 
 
 def test_adamw_takes_the_matrices_too(small):
     """Kills: matrices left to no optimizer, the others' beta1, rate or decay on them, others without decay."""
-    hp = override([*small, "direction=adamw", "matrix_lr=0.0015", "weight_decay=0.1", "mu=0.9",
-                   "adam_weight_decay=0.001"])
+    hp = override([*small, "matrix_lr=0.0015", "matrix_update=adamw(0.9, 0.95, 1e-10, 0.1)",
+                   "adam_update=adamw(0.8, 0.95, 1e-10, 0.001)"])
     banks = train_gpt.make_banks(GPT(hp), hp, Place(0, 1, CPU))
-    assert all(type(bank.optimizer) is torch.optim.AdamW for bank in banks)
-    assert [(bank.lr, *map(bank.group.get, ("betas", "eps", "weight_decay"))) for bank in banks] == [
-        *((0.0015, (0.9, 0.95), 1e-10, 0.1),) * 3,
-        *((lr, (0.8, 0.95), 1e-10, 0.001) for lr in (1 / 320, 0.3, 0.01))]
-    assert sum(bank.count for bank in banks[:3]) == 12
+    assert [(bank.lr(0), *bank.rule.parts[0].knobs.values()) for bank in banks] == [
+        *((0.0015, 0.9, 0.95, 1e-10, 0.1),) * 3, *((lr, 0.8, 0.95, 1e-10, 0.001) for lr in (1 / 320, 0.3, 0.01))]
+    assert sum(bank.shares.count for bank in banks[:3]) == 12
 
 
 def test_mlp_options():
@@ -368,27 +362,47 @@ def test_overrides(tmp_path):
     assert hp.train_steps == 3200
 
 
+def test_a_knob_of_a_stage():
+    """Kills: a knob of another stage or of another rule that changes, an earlier word that wins, a schedule that is
+    refused as a value."""
+    def rule(*words):
+        return override([*words]).matrix_update
+    assert rule("floor.target=0.4", "contra.strength=0.5", "floor.target=0.3") == RESULT_17.replace(
+        "0.35", "0.3").replace("contra(0.4)", "contra(0.5)")
+    assert rule("matrix_update=nesterov | polar | step", "nesterov.mu=ramp(0.85, 0.95, 0, 300)") == (
+        "nesterov(ramp(0.85, 0.95, 0, 300)) | polar | step")
+    assert rule("floor.target=0.4", "matrix_update=polar | step") == "polar | step"
+    hp = override(["adamw.decay=0.1"])
+    assert (hp.adam_update, hp.matrix_update) == ("adamw(0.8, 0.95, 1e-10, 0.1)", RESULT_17)
+
+
 @pytest.mark.parametrize("words, says", [
     (["matrix_rl=1"], "'matrix_rl' is not a hyperparameter; the nearest is 'matrix_lr'"),
     (["train_steps=1e3"], "train_steps takes a value of type int"),
-    (["mu=high"], "mu takes a value of type float"),
-    (["mu=nan"], "mu=nan: it is finite and not negative"),
+    (["head_lr=high"], "head_lr takes a value of type float"),
+    (["head_lr=nan"], "head_lr=nan: it is finite and not negative"),
     (["micro_batch=0"], "micro_batch=0: it is at least 1"),
     (["head_dim=100"], "head_dim=100 does not divide model_dim=768"),
-    (["adam_beta1=1.0"], "adam_beta1=1.0: the weight of the past is below 1"),
-    (["direction=muon", "pp_iterations=3"], "pp_iterations=3 pp_beta=0.5 have no meaning for direction='muon'"),
+    (["adam_update=adamw(1.0)"], "adam_update: adamw(1.0): beta1 is a number at least 0 and below 1, not 1.0"),
+    (["adam_update=nesterov | step"], "adam_update='nesterov | step': vectors and numbers have no rows"),
+    (["matrix_update=nesterov | polar | step", "aurora.iterations=3"], "no rule of this run has a stage 'aurora'"),
+    (["floor.target=low"], "floor(low): target is a number, finite and not negative"),
+    (["floor.target=0.9) | polar(2"], "'0.9) | polar(2' is not understood: write it as a number or a schedule"),
+    (["flor.target=0.4"], "no rule of this run has a stage 'flor'; the nearest is 'floor'"),
+    (["floor.taget=0.4"], "floor.taget=0.4: floor has no 'taget'; the nearest is 'target'"),
+    (["matrix_update=adamw", "adamw.beta1=0.9"], "adamw is in matrix_update and adam_update; write the one"),
+    (["matrix_update=sgd", "floor.target=0.4"], "there is no stage 'sgd'; the nearest is "),
     (["activation=gelu"], "activation='gelu': it is one of relu2, swiglu"),
     (["mlp_expansion=0.0001"], "mlp_expansion=0.0001: no neuron is left of 768 times that"),
     (["warmup_steps=0"], "warmup_steps=0: it is at least 1"),
-    (["mu=1.5"], "mu=1.5: the weight of the past is below 1"),
     (["cooldown_frac=7"], "cooldown_frac=7.0: it is a fraction"),
-    (["direction=sgd"], "direction='sgd'"),
+    (["matrix_update=sgd | step"], "matrix_update: there is no stage 'sgd'; the nearest is 'step'"),
     (["17"], "'17' is not understood: write NAME=VALUE or @RECIPE"),
     (["@nowhere"], "there is no records/nowhere/recipe"),
 ])
 def test_wrong_overrides(words, says):
     """Kills: a typo that is ignored, an error that does not name the thing."""
-    with pytest.raises(ValueError, match=says.replace("(", r"\(")) as error:
+    with pytest.raises(ValueError, match=re.escape(says)) as error:
         override(words)
     assert "\n" not in str(error.value)
 
@@ -400,12 +414,14 @@ def test_rendered_source_is_the_run(run_source):
     assert render(source, Hyperparameters()) == source
     assert not [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)
                 and (ROOT / (n.module.replace(".", "/") + ".py")).exists()]
-    hp = override(["matrix_lr=0.02", "train_steps=100", "direction=muon", "train_files=x/*.bin"])
+    hp = override(["matrix_lr=0.02", "train_steps=100", "floor.target=0.4", "train_files=x/*.bin"])
     rendered = render(source, hp)
     assert render(rendered, hp) == rendered
     changed = [line for line, old in zip(rendered.splitlines(), source.splitlines(), strict=True) if line != old]
     assert [line.split("#")[0].strip() for line in changed] == [
-        "train_files: str = 'x/*.bin'", "matrix_lr: float = 0.02", "direction: str = 'muon'", "train_steps: int = 100"]
+        "train_files: str = 'x/*.bin'",
+        "matrix_update: str = 'nesterov(0.95) | aurora(2, 0.5) | contra(0.4) | aspect | floor(0.4) | step'",
+        "matrix_lr: float = 0.02", "train_steps: int = 100"]
     namespace = run_source(rendered)
     assert vars(namespace["Hyperparameters"]()) == vars(hp)
 

@@ -40,7 +40,7 @@ if "pytest" in words and "-n" in words:
 if words[0].endswith("train_gpt.py"):
     words += {SMALL}
 if os.environ["PLANTED"] in words:
-    words += ["no_such_direction"]
+    words += ["no_such_rule"]
 os.execv({sys.executable!r}, [{sys.executable!r}, *words])
 """
 
