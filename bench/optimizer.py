@@ -25,6 +25,7 @@ import train_gpt
 from bench import in_turn, most_memory, override, parse, run
 from bench.baseline import separate, unfused_optimizers
 from bench.kernels import UNKNOWN, clocks
+from harness.ranks import Place, join
 from results import markdown, publish
 
 ROUNDS, WARM_UP = 20, 3
@@ -48,7 +49,7 @@ def long_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: 8 * value for name, value in train_gpt.initial_weights(model, seed=0).items()}
 
 
-def ours(hp: train_gpt.Hyperparameters, gradients: dict[str, Tensor], place: train_gpt.Place) -> Subject:
+def ours(hp: train_gpt.Hyperparameters, gradients: dict[str, Tensor], place: Place) -> Subject:
     with place.device:
         model = train_gpt.GPT(hp)
     banks = train_gpt.make_banks(model, hp, place)
@@ -66,7 +67,7 @@ def ours(hp: train_gpt.Hyperparameters, gradients: dict[str, Tensor], place: tra
     return Subject(step, separate(weights))
 
 
-def published(hp: train_gpt.Hyperparameters, gradients: dict[str, Tensor], place: train_gpt.Place) -> Subject:
+def published(hp: train_gpt.Hyperparameters, gradients: dict[str, Tensor], place: Place) -> Subject:
     with torch.device("meta"):
         model = train_gpt.GPT(hp)
     params = {name: nn.Parameter(value.to(place.device, torch.bfloat16 if name == "embed.weight" else torch.float32))
@@ -123,7 +124,7 @@ def main(words: list[str]):
     directions = [word for word in words if "=" not in word and not word.startswith("@")] or ["muon"]
     hp = override([word for word in words if "=" in word or word.startswith("@")])
     each = {name: replace(hp, direction=name) for name in dict.fromkeys([*directions, "aurora"])}
-    place = train_gpt.join(0, 0, 1, hp.head_dim)
+    place = join(0, 0, 1, hp.head_dim)
     torch._dynamo.config.recompile_limit = 8 * len(each)  # programs, one a direction and shape: beyond it, eager
     gradients = make_gradients(hp, place.device)
     subjects = {name: ours(hp, gradients, place) for name, hp in each.items()}

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 import aurora
 from aurora import DIRECTIONS, Aurora
-from train_gpt import GPT, Place, Replayed, fill, initial_weights, make_banks, override, update
+from harness.ranks import Place
+from train_gpt import GPT, Replayed, fill, initial_weights, make_banks, override, update
 
 CPU = torch.device("cpu")
 RULES = [*DIRECTIONS, "adamw"]

@@ -18,11 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from harness.log import flatten
 from kernels import cross_entropy
 from kernels.cross_entropy import (ROWS, fused_head_loss, head_loss, head_loss_op,
                                    head_loss_reference, losses_of_rows, rows_at_once, softcapped_cross_entropy_,
                                    softcapped_cross_entropy_reference, to_gradient_)
-from train_gpt import flatten
 
 
 def exact(logits, targets):
@@ -229,7 +229,7 @@ def test_one_graph(monkeypatch):
 def test_a_logged_script_beside_the_module(tmp_path):
     """Kills: an operator that cannot be registered twice, or that takes the first one's away."""
     script = tmp_path / "script.py"
-    script.write_text(flatten(ROOT / "kernels" / "cross_entropy.py"))
+    script.write_text(flatten(ROOT / "kernels" / "cross_entropy.py", ROOT))
     namespace = runpy.run_path(str(script), run_name="__main__")
     inputs = *head(5, 8, 60, torch.float32)[0], torch.arange(5, device=DEVICE)
     assert torch.equal(namespace["fused_head_loss"](*inputs, 5), fused_head_loss(*inputs, 5))

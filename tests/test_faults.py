@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, start, train, write_shard
 
 import train_gpt
-from checkpoint import file_sha256, read_checkpoint, write_checkpoint
+from harness.checkpoint import file_sha256, read_checkpoint, write_checkpoint
 from records.__main__ import main as desk
 from records.log import read
 from tests.drills.kill import checkpoint_of
@@ -74,11 +74,11 @@ def state(**values):
     return lambda folder, _: write_checkpoint(folder, "seed0-step1.pt", read_checkpoint(folder) | values)
 
 
-def fails(name, error):
+def fails(place, error):
     def plant(_, monkeypatch):
         def failing(*_):
             raise error
-        monkeypatch.setattr(train_gpt, name, failing)
+        monkeypatch.setattr(place, failing)
     return plant
 
 
@@ -146,12 +146,12 @@ FAULTS = [  # what is typed, what is planted, the line that a person reads
      "--fork-from: direction is aurora in logs/run.checkpoint; to or from adamw it cannot change"),
     ([*FORK, "train_steps=8"], checkpoint(), "--fork-from: train_steps=8, and logs/run.checkpoint is at step 8"),
     ([], lambda folder, _: (folder / "logs").touch(), "rank 0: [Errno 17] File exists: 'logs'"),
-    ([], fails("accumulate_gradients", torch.OutOfMemoryError()),
+    ([], fails("train_gpt.accumulate_gradients", torch.OutOfMemoryError()),
      "rank 0: the GPU has not enough memory for micro_batch=2; try micro_batch=1"),
-    (["micro_batch=1"], fails("accumulate_gradients", torch.OutOfMemoryError()),
+    (["micro_batch=1"], fails("train_gpt.accumulate_gradients", torch.OutOfMemoryError()),
      "rank 0: the GPU has not enough memory for micro_batch=1; no smaller one is left: take more GPUs or "
      "a smaller model"),
-    ([], fails("facts", OSError(28, "No space left on device")), "rank 0: [Errno 28] No space left on device"),
+    ([], fails("harness.run.facts", OSError(28, "No space left on device")), "rank 0: [Errno 28] No space left on device"),
 ]
 
 
@@ -280,7 +280,7 @@ def test_a_run_that_goes_on_runs_what_it_cuts_off(quick, tmp_path, monkeypatch):
     seed left out, and its state given to the next one, because another log holds it."""
     train(tmp_path / "single", quick)
     with monkeypatch.context() as patch:
-        patch.setattr("checkpoint.write_checkpoint", lambda folder, name, state: "seed0" in name and
+        patch.setattr("harness.checkpoint.write_checkpoint", lambda folder, name, state: "seed0" in name and
                       write_checkpoint(folder, name, state))
         train(tmp_path, [*quick, "--trials", "3", "--checkpoint-every", "5"])
     path = log_of(tmp_path)
@@ -352,7 +352,8 @@ def test_a_log_that_is_cut_anywhere_is_told_from_a_whole_one(quick, tmp_path, ca
 # The trainer, with a rank that does something else when step 6 has its gradients.
 LOST = """
 import os, signal, sys, time
-import heartbeat, train_gpt
+import train_gpt
+from harness import heartbeat
 
 heartbeat.SILENT, heartbeat.STALLED = {silent}, {stalled}
 factor = train_gpt.learning_rate_factor

@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 import train_gpt
+from harness.arguments import parse
 from records.__main__ import parser
 from studies import parity
 
@@ -26,7 +27,7 @@ def test_commands_of_the_readme_are_understood():
     runs += [words[words.index("train_gpt.py") + 1:] for words in commands("torchrun") if "train_gpt.py" in words]
     assert len(runs) >= 5
     for words in runs:
-        train_gpt.override(train_gpt.parse(words).overrides)
+        train_gpt.override(parse(words).overrides)
     verbs = commands("python -m records")
     assert len(verbs) >= 4
     for words in verbs:
@@ -93,7 +94,7 @@ def test_run_sh_with_gpus(tmp_path):
     assert (tmp_path / "calls").read_text().splitlines() == [
         "python train_gpt.py --fineweb-shards mu=0.9 --seed 3 WORLD_SIZE=",
         "python data/cached_fineweb10B.py 17 WORLD_SIZE=",
-        "python -m records doctor -- mu=0.9 --seed 3 WORLD_SIZE=8",
+        "python -m harness.doctor -- mu=0.9 --seed 3 WORLD_SIZE=8",
         "torchrun --standalone --nproc_per_node=8 train_gpt.py mu=0.9 --seed 3 WORLD_SIZE=",
         "python -m records verify logs/a.txt WORLD_SIZE="]
 
@@ -110,7 +111,7 @@ def test_run_sh_stops_where_the_doctor_finds_an_end(tmp_path):
                         f'echo "{name} $*" >> calls\ncase "{name} $*" in *$BAD*) exit 1;; esac\n')
         stub.chmod(0o755)
     (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")
-    for bad, code, last in (("doctor", 1, "python -m records doctor -- @tiny"), ("torchrun", 1, "train_gpt.py @tiny"),
+    for bad, code, last in (("doctor", 1, "python -m harness.doctor -- @tiny"), ("torchrun", 1, "train_gpt.py @tiny"),
                             ("nothing", 0, "train_gpt.py @tiny")):
         run = subprocess.run(["bash", "run.sh"], cwd=tmp_path,
                              env={"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "BAD": bad})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import EOT, ROOT, write_shard
 
-import train_gpt
+from harness.shards import find_shards, open_shard
 from records import published
 from records.log import Trial, read
 from records.sample import Sample, common_moments
@@ -80,8 +80,8 @@ def test_lays_out_tokens(tmp_path):
     said = parity.lay_out(parity.hyperparameters(words, 7), tmp_path / "data")
     assert said == ("On local text, not FineWeb: 900 bytes, 3 batches of 256: in 7 steps each is seen 2.3 times, "
                     "in one order.")
-    shards = train_gpt.find_shards(f"{tmp_path}/data/fineweb10B/fineweb_train_*.bin", 256, 7, 257)
-    read = [list(train_gpt.open_shard(path)) for path in shards]
+    shards = find_shards(f"{tmp_path}/data/fineweb10B/fineweb_train_*.bin", 256, 7, 257)
+    read = [list(open_shard(path)) for path in shards]
     assert read == [list(first), [256, *second[1:]]] * 2 + [list(first)]
     said = parity.lay_out(parity.hyperparameters(words, 3), tmp_path / "data")
     assert said.endswith("in 3 steps none is seen twice.")
