@@ -1,8 +1,8 @@
 """What would end or spoil a run on this machine, why, and what mends it, before the run starts.
 
-    python -m harness.doctor [--price P] [--json] [-- ARGUMENT ...]      of train_gpt.py; exit code 0: nothing would end it
+    python -m harness.doctor [--price P] [--json] [-- ARGUMENT ...]      (the arguments of train_gpt.py)
 
-Uses no GPU, and PyTorch only in a process of its own.
+The exit code is 0 where nothing would end the run. Uses no GPU, and PyTorch only in a process of its own.
 
 How much memory a step takes is computed, not measured, and meant as a bound: 18 bytes a parameter (bf16 weight, fp32
 master and gradient, two fp32 moments); for each token of a micro-batch what the backward pass needs: in bf16 a layer's

@@ -84,7 +84,7 @@ def local_files(node: ast.AST, root: Path) -> list[Path]:
 
 
 def names_of(text: str, tree: ast.Module, module: str) -> dict[str, str]:
-    """{name: what it stands for} of all that a module, its text parsed to `tree`, defines or imports at its top level."""
+    """{name: what it stands for} of all that a module defines or imports at its top level; `tree`: its text, parsed."""
     symbols = symtable.symtable(text, module, "exec").get_symbols()
     names = {symbol.get_name(): f"{module}.{symbol.get_name()}" for symbol in symbols if symbol.is_assigned()}
     for node in tree.body:

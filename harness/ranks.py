@@ -43,8 +43,8 @@ def pin_attention(device: torch.device, head_dim: int) -> str:
     """Allow the fastest attention of this card alone, so that no other is taken in silence. Returns its name."""
     if device.type == "cpu":
         return "PyTorch"
-    cuda = tuple(map(int, torch.version.cuda.split(".")))
-    fastest = fastest_attention(torch.cuda.get_device_capability(device), head_dim, torch.backends.cudnn.version(), cuda)
+    cuda, cudnn = tuple(map(int, torch.version.cuda.split("."))), torch.backends.cudnn.version()
+    fastest = fastest_attention(torch.cuda.get_device_capability(device), head_dim, cudnn, cuda)
     for name in ("cudnn", "flash", "mem_efficient", "math"):
         getattr(torch.backends.cuda, f"enable_{name}_sdp")(name == fastest)
     return fastest

@@ -208,7 +208,7 @@ def read_reference(hp, root: Path) -> dict[int, tuple]:
 
 def against_reference(step: int, val_loss: float, reference: dict[int, tuple]) -> str:
     """How far the loss is from result #17's, in deviations between its runs; after 60% of the steps also the final
-    loss that this foretells, +- 95%. Before that the interval is too wide to be useful. It is no reason to stop a run."""
+    loss that this foretells, +- 95%. Before that the interval is too wide to be useful. Neither is a reason to stop."""
     if step not in reference:
         return ""
     (mean, sd, slope, half_width), last = reference[step], max(reference)

@@ -17,6 +17,7 @@ from conftest import ROOT, start, train, write_shard
 
 import train_gpt
 from harness.checkpoint import file_sha256, read_checkpoint, write_checkpoint
+from harness.heartbeat import Heartbeat
 from records.__main__ import main as desk
 from records.log import read
 from tests.drills.kill import checkpoint_of
@@ -151,7 +152,8 @@ FAULTS = [  # what is typed, what is planted, the line that a person reads
     (["micro_batch=1"], fails("train_gpt.accumulate_gradients", torch.OutOfMemoryError()),
      "rank 0: the GPU has not enough memory for micro_batch=1; no smaller one is left: take more GPUs or "
      "a smaller model"),
-    ([], fails("harness.run.facts", OSError(28, "No space left on device")), "rank 0: [Errno 28] No space left on device"),
+    ([], fails("harness.run.facts", OSError(28, "No space left on device")),
+     "rank 0: [Errno 28] No space left on device"),
 ]
 
 
@@ -408,6 +410,16 @@ def test_a_step_that_hangs_ends_the_job(quick, tmp_path):
     validating = lost(tmp_path, "time.sleep(7)", rank=0, stalled=4)
     validating.write_text(validating.read_text().replace("step == 5", "step == 4"))
     assert start(quick, tmp_path, validating, PYTHONPATH=str(ROOT)).returncode == 0
+
+
+def test_where_a_program_hangs_is_told_by_a_line_of_its_own(tmp_path):
+    """Kills: a line of a package in .venv, which is also below the root; only files of the root itself, or those beside
+    heartbeat.py, known as the project's."""
+    names = {"beat": Heartbeat(0, 1, tmp_path)}
+    for name, code in ((".venv/lib/python3/site-packages/torch/a.py", "def inner(): return beat.whereabouts()"),
+                       ("harness/b.py", "def outer(): return inner()"), ("c.py", "def direct(): return inner()")):
+        exec(compile(code, str(tmp_path / name), "exec"), names)
+    assert (names["outer"](), names["direct"]()) == ("outer (b.py:1)", "direct (c.py:1)")
 
 
 def test_a_rank_that_is_killed_ends_the_job(quick, tmp_path):

@@ -432,8 +432,9 @@ def test_the_program_of_a_log_is_its_files(tmp_path):
         assert re.sub(r"^# (from \S+ import \w)", r"\1", text, flags=re.MULTILINE).rstrip() == (
             ROOT / name).read_text().rstrip()
         above.add(name)
-    assert above == {"train_gpt.py", "aurora.py", *(f"{folder}/{path.name}" for folder in ("kernels", "harness") for path
-                                                    in (ROOT / folder).glob("[!_]*.py"))} - {"harness/doctor.py"}
+    folders = {f"{path.parent.name}/{path.name}" for path in ROOT.glob("*/[!_]*.py")
+               if path.parent.name in ("kernels", "harness")}
+    assert above == {"train_gpt.py", "aurora.py", *folders} - {"harness/doctor.py"}
     (tmp_path / "program.py").write_text(source)
     assert flatten(tmp_path / "program.py", tmp_path) == source
 
@@ -477,8 +478,8 @@ def test_what_one_file_cannot_hold(main, other, complaint, tmp_path):
     ("cuda", (8, 0), "swiglu", ["kernels: Triton, MLP plain PyTorch",
                                 f"newton_schulz: {', '.join(NEWTON_SCHULZ_CHOICE)}"])])
 def test_the_log_names_what_computes(device, capability, activation, lines, monkeypatch):
-    """Kills: a log that says kernels where PyTorch computes, as an MLP with a gate, or the other way round. The tests of
-    kernels hold the dispatchers to the same cards."""
+    """Kills: a log that says kernels where PyTorch computes, as it does an MLP with a gate, or the other way round. The
+    tests of kernels hold the dispatchers to the same cards."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     said = facts(EXPERIMENT, Hyperparameters(activation=activation), Place(0, 1, torch.device(device)), {}).splitlines()
