@@ -6,7 +6,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from aurora import leverage_scores
-from harness.log import RunLog
 from harness.ranks import Place
 
 
@@ -27,8 +26,8 @@ def neuron_rows(bank, i: int, before: Tensor) -> dict[str, list[float]]:
     return {name: [float(f"{x:.4g}") for x in values.tolist()] for name, values in rows.items()}
 
 
-def record_neurons(banks: list, before: dict[str, Tensor], seed: int, step: int, place: Place, log: RunLog):
-    """Collect what the owner of each matrix knows of its neurons; a line for each matrix."""
+def record_neurons(banks: list, before: dict[str, Tensor], seed: int, step: int, place: Place, log):
+    """Collective: what each matrix's owner knows of its neurons goes to rank 0's RunLog, a line a matrix."""
     mine = {name: neuron_rows(bank, i, before[name]) | dict(inputs=bank.own.size(-1))
             for name, (bank, i) in owned_neurons(banks).items()}
     shares = [None] * place.world if place.rank == 0 else None

@@ -60,3 +60,15 @@ def test_who_imports_whom(folder, others):
     for path in files:
         found = re.search(rf"^ *(from|import) ({others})\b.*$", path.read_text(), re.M)
         assert not found, f"{path.name}: {found[0]}"
+
+
+def test_the_floors_of_the_harness():
+    """Kills: two files of harness/ that need each other, or one that needs a file of its own floor or above."""
+    floors = ["arguments ranks shards", "checkpoint heartbeat log neurons", "trial", "run", "doctor"]
+    known = set()
+    for floor in floors:
+        for name in floor.split():
+            needed = re.findall(r"^from harness\.(\w+) import", (ROOT / "harness" / f"{name}.py").read_text(), re.M)
+            assert set(needed) <= known, name
+        known |= set(floor.split())
+    assert known == {path.stem for path in (ROOT / "harness").glob("[!_]*.py")}
