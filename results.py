@@ -10,23 +10,25 @@ from pathlib import Path
 
 import torch
 
-import train_gpt
+from harness.log import output_of, processor
+
+ROOT = Path(__file__).resolve().parent
 
 
 def provenance() -> str:
     """One line: GPU and driver or CPU, threads, torch, Triton, Python, commit; dirty if more than results changed."""
     if torch.cuda.is_available():
-        driver = train_gpt.output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
+        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
         machine = f"{torch.cuda.get_device_name()}, driver {driver}"
     else:
-        machine = train_gpt.processor()
+        machine = processor()
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = "none"
-    git = "git", "-C", str(train_gpt.HERE)
-    commit = train_gpt.output_of(*git, "describe", "--always") or "unknown"
-    dirty = train_gpt.output_of(*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!*/results/*")
+    git = "git", "-C", str(ROOT)
+    commit = output_of(*git, "describe", "--always") or "unknown"
+    dirty = output_of(*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!*/results/*")
     return (f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, Triton {triton}, "
             f"Python {platform.python_version()}, commit {commit}{'-dirty' * bool(dirty)}")
 

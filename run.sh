@@ -30,10 +30,10 @@ if [ "${1-}" = test ]; then
     exec .venv/bin/python -m pytest "${@:2}"
 fi
 
-gpus=$(.venv/bin/python -c 'from records import doctor; print(len(doctor.find_gpus()[0]))')
+gpus=$(.venv/bin/python -c 'from harness import doctor; print(len(doctor.find_gpus()[0]))')
 if [ "$gpus" != 0 ]; then
     gpus=$(.venv/bin/python -c 'import torch; torch.zeros(1, device="cuda"); print(torch.cuda.device_count())' 2>/dev/null) ||
-        die "PyTorch cannot use the GPUs that nvidia-smi lists: .venv/bin/python -m records doctor may say why;" \
+        die "PyTorch cannot use the GPUs that nvidia-smi lists: .venv/bin/python -m harness.doctor may say why;" \
             "CUDA_VISIBLE_DEVICES= trains on the CPU"
 fi
 if [ "$gpus" = 0 ]; then
@@ -49,7 +49,7 @@ if [ "$gpus" != 0 ]; then
     [ "$shards" = 0 ] || .venv/bin/python data/cached_fineweb10B.py "$shards"
 fi
 case " $* " in *" @tiny "*) .venv/bin/python data/local.py --encoding bytes ;; esac
-WORLD_SIZE=$processes .venv/bin/python -m records doctor -- "$@"
+WORLD_SIZE=$processes .venv/bin/python -m harness.doctor -- "$@"
 case " $* " in *" --dry-run "*) exit ;; esac
 
 # The trainer's last line names its log, if it ran: a run beside it may have begun a newer one. -ip: Ctrl-C is for the trainer.

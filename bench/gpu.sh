@@ -22,7 +22,7 @@ python=$PWD/.venv/bin/python  # run.sh makes it
 [ -x "$python" ] || python=python3
 if ! "$python" -c 'import torch; torch.zeros(1, device="cuda")' 2>/dev/null; then
     echo "bench/gpu.sh: PyTorch finds no GPU; on a CPU run ./run.sh test, python -m bench.optimizer, bench.step;" \
-        "with a GPU, python -m records doctor may say why" >&2
+        "with a GPU, python -m harness.doctor may say why" >&2
     exit 1
 fi
 if ! "$python" -c 'import pytest, xdist' 2>/dev/null; then
@@ -52,7 +52,7 @@ main() {
     mapfile -t sources < <("$python" -c 'import sysconfig
 print(*map(sysconfig.get_path, ("stdlib", "purelib")), sep="\n")')
     stage text 300 "$python" data/local.py --encoding bytes --out "$text" "${sources[@]}"
-    steps=$("$python" -c 'import sys; from train_gpt import batches_in, open_shard
+    steps=$("$python" -c 'import sys; from harness.shards import batches_in, open_shard
 print(min(200, sum(batches_in(open_shard(path), 524288) for path in sys.argv[1:])))' "$text"/local_train_*.bin)
     said=$(stage training 600 env -C "$folder" "$python" "$PWD/train_gpt.py" "train_files=$text/local_train_*.bin" \
         "val_files=$text/local_val_*.bin" val_tokens=524288 "train_steps=$steps" | tee /dev/stderr)

@@ -31,6 +31,7 @@ from tqdm import tqdm
 import train_gpt
 from aurora import SIMPLE_QUINTIC_12
 from bench import most_memory, parse, roofline, run
+from harness.log import output_of
 from kernels.cross_entropy import SOFTCAP, head_loss, head_loss_reference
 from kernels.mlp import relu2_mlp, relu2_mlp_reference
 from kernels.newton_schulz import NEWTON_SCHULZ_CHOICE, NEWTON_SCHULZ_LINES, newton_schulz, newton_schulz_reference
@@ -316,7 +317,7 @@ def clocks() -> str:
     X = stack(24, 768, 3072)
     for _ in range(2000):
         torch.bmm(X, X.mT)
-    found = train_gpt.output_of("nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,power.draw,power.limit",
+    found = output_of("nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,power.draw,power.limit",
                                 "--format=csv,noheader", "-i", f"GPU-{torch.cuda.get_device_properties(0).uuid}")
     torch.cuda.synchronize()
     return f"Under load, afterwards: SM clock, its maximum, power, its limit: {found}"

@@ -27,6 +27,7 @@ import train_gpt
 from bench import RULES, in_turn, most_memory, override, parse, run
 from bench.baseline import separate, unfused_optimizers
 from bench.kernels import UNKNOWN, clocks
+from harness.ranks import Place, join
 from results import markdown, publish
 
 ROUNDS, WARM_UP = 20, 3
@@ -51,7 +52,7 @@ def long_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: 8 * value for name, value in train_gpt.initial_weights(model, seed=0).items()}
 
 
-def ours(hp: train_gpt.Hyperparameters, gradients: dict[str, Tensor], place: train_gpt.Place) -> Subject:
+def ours(hp: train_gpt.Hyperparameters, gradients: dict[str, Tensor], place: Place) -> Subject:
     with place.device:
         model = train_gpt.GPT(hp)
     banks = train_gpt.make_banks(model, hp, place)
@@ -71,7 +72,7 @@ def ours(hp: train_gpt.Hyperparameters, gradients: dict[str, Tensor], place: tra
     return Subject(step, separate(weights), sum(x.nbytes for bank in banks for x in bank.state.values()))
 
 
-def published(hp: train_gpt.Hyperparameters, gradients: dict[str, Tensor], place: train_gpt.Place) -> Subject:
+def published(hp: train_gpt.Hyperparameters, gradients: dict[str, Tensor], place: Place) -> Subject:
     with torch.device("meta"):
         model = train_gpt.GPT(hp)
     params = {name: nn.Parameter(value.to(place.device, torch.bfloat16 if name == "embed.weight" else torch.float32))
@@ -129,7 +130,7 @@ def main(words: list[str]):
     hp = override(overrides)
     rules = [word for word in words if word not in overrides] or ["muon"]
     each = {rule: replace(hp, matrix_update=RULES.get(rule, rule)) for rule in rules} | {"aurora": hp}
-    place = train_gpt.join(0, 0, 1, hp.head_dim)
+    place = join(0, 0, 1, hp.head_dim)
     torch._dynamo.config.recompile_limit = 8 * len(each)  # programs, one a rule and shape: beyond it, eager
     gradients = make_gradients(hp, place.device)
     subjects = {name: ours(hp, gradients, place) for name, hp in each.items()}

@@ -22,6 +22,7 @@ import train_gpt
 from aurora import Rule
 from bench import parse, run
 from bench.baseline import separate
+from harness.ranks import micro_batch_size
 from results import markdown, publish
 
 NODE = 8  # GPUs that NVLink connects
@@ -318,7 +319,7 @@ def breakdown(hp: train_gpt.Hyperparameters, name: str, gpus: int, nodes: int | 
     if sequences % gpus or gpus % nodes:
         raise ValueError(f"{gpus} GPUs in {nodes} nodes: {sequences} sequences and the nodes must share equally")
     gpu = GPUS[name]
-    micro = train_gpt.micro_batch_size(sequences // gpus, hp.micro_batch)
+    micro = micro_batch_size(sequences // gpus, hp.micro_batch)
     attention = attention or list(gpu.attention)[-1]
     parts = {part: 1000 * (sequences // gpus // micro) * seconds(kernels, gpu, attention, MODEL_LAUNCH)
              for part, kernels in model_kernels(hp, micro, form).items()}
@@ -381,7 +382,7 @@ def counts(hp: train_gpt.Hyperparameters) -> list[int]:
 def row(hp: train_gpt.Hyperparameters, gpu: str, gpus: int) -> dict:
     """What a GPU of `gpus` does in a step. Lost is what a part takes above its time on one GPU, divided."""
     sequences = hp.batch_tokens // hp.sequence_length // gpus
-    micro = train_gpt.micro_batch_size(sequences, hp.micro_batch)
+    micro = micro_batch_size(sequences, hp.micro_batch)
     kernels = [k for part in model_kernels(hp, micro, "fused").values() for k in part]
     parts, alone = breakdown(hp, gpu, gpus), breakdown(hp, gpu, 1)
     updates, communication = parts["updates"], parts["exposed communication"]

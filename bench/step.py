@@ -40,6 +40,8 @@ from bench.baseline import Unfused
 from bench.kernels import UNKNOWN, clocks
 from bench.optimizer import WARM_UP, make_gradients
 from bench.optimizer import ours as optimizer_of
+from harness.log import facts
+from harness.ranks import Place, join
 from results import markdown, publish
 
 ROUNDS, FIRST, WAITING = 8, 4, 2  # steps that are timed, that are compared, that are timed part by part
@@ -80,7 +82,7 @@ class Program(NamedTuple):
     updates: list[tuple[object, str]]  # (owner, name) of the methods that are the optimizer
 
 
-def ours(hp: train_gpt.Hyperparameters, place: train_gpt.Place, weights: dict, batch: tuple) -> Program:
+def ours(hp: train_gpt.Hyperparameters, place: Place, weights: dict, batch: tuple) -> Program:
     with place.device:
         model = train_gpt.GPT(hp)
     if place.device.type == "cuda":
@@ -96,7 +98,7 @@ def ours(hp: train_gpt.Hyperparameters, place: train_gpt.Place, weights: dict, b
     return Program(step, model, [(bank, "advance") for bank in banks])
 
 
-def published(hp: train_gpt.Hyperparameters, place: train_gpt.Place, weights: dict, batch: tuple) -> Program:
+def published(hp: train_gpt.Hyperparameters, place: Place, weights: dict, batch: tuple) -> Program:
     program = Unfused(hp, weights, place.device)
     return Program(lambda: program.step(batch), program.model, [(each, "step") for each in program.optimizers])
 
@@ -224,7 +226,7 @@ def verdict(times: dict[str, list], memory: dict[str, int], updates: dict[str, f
 def main(words: list[str]):
     words, out = parse("step", __doc__, words)
     hp = override(words)
-    place = train_gpt.join(0, 0, 1, hp.head_dim)
+    place = join(0, 0, 1, hp.head_dim)
     weights, batch = drawn_weights(hp), random_batch(hp, place.device)
     programs, losses, memory = {}, {}, {}
     for name, make in ((OURS, ours), (PUBLISHED, published)):
@@ -238,7 +240,7 @@ def main(words: list[str]):
     gradients = make_gradients(hp, place.device)
     each = {"aurora": hp, "muon": replace(hp, matrix_update=RULES["muon"])}
     updates = in_turn({name: optimizer_of(hp, gradients, place).step for name, hp in each.items()}, WARM_UP + ROUNDS)
-    ran = [line for line in train_gpt.facts(hp, place, {}, "").splitlines()
+    ran = [line for line in facts(train_gpt.EXPERIMENT, hp, place, {}).splitlines()
            if line.startswith(("attention", "kernels", "newton", "update", "micro_batch"))]
     dist.destroy_process_group()
     publish("bench.step", words, out,

@@ -172,16 +172,6 @@ def list_(options: argparse.Namespace) -> int:
     return show(result, leaderboard.text(result), options)
 
 
-@verb("doctor --price 2.5 -- train_steps=4000 --trials 4",
-      argument("words", nargs="*", metavar="ARGUMENT", help="of train_gpt.py; after -- also its options"),
-      argument("--price", type=float, metavar="P", help="of a GPU for an hour"), JSON)
-def doctor(options: argparse.Namespace) -> int:
-    """what would end or spoil a run on this machine, why, and what mends it; code 0 where nothing would end it"""
-    from records import doctor as desk
-    result = desk.doctor(options.words, options.price)
-    return show(result, desk.text(result), options)
-
-
 @verb("neurons logs/RUN.txt -o neurons.png", argument("log", metavar="LOG"),
       argument("-o", metavar="FILE.png", dest="output", help="draw it: over time, and layer by layer"))
 def neurons(options: argparse.Namespace) -> int:

@@ -38,12 +38,14 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from harness.log import output_of
+from harness.shards import batches_in, find_shards, open_shard
 from records.program import number
 from records.sample import Sample, gather
 from records.statistics import Moments, paired, pooled, t_quantile
 from results import publish
 from studies import RESULTS
-from train_gpt import Hyperparameters, batches_in, find_shards, open_shard, output_of, override
+from train_gpt import Hyperparameters, override
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "data"))
 from shards import END_OF_TEXT, write_shard

@@ -17,7 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import train_gpt
-from train_gpt import Hyperparameters, Place
+from harness.neurons import owned_neurons
+from harness.ranks import Place
+from harness.shards import find_shards, open_shard
+from train_gpt import Hyperparameters
 
 SMALL = ["@tiny", "vocab_size=257", "num_layers=4", "batch_tokens=512", "sequence_length=64",
          "micro_batch=16", "val_every=100", "val_every_late=100"]
@@ -37,10 +40,10 @@ def shards_of(hp: Hyperparameters) -> tuple[list[str], list[str]]:
     byte_sized = hp.vocab_size == 257
     try:
         vocab_size = END_OF_TEXT + 1 if byte_sized else hp.vocab_size
-        train = list(train_gpt.find_shards(hp.train_files, hp.batch_tokens, hp.train_steps, vocab_size))
-        val = list(train_gpt.find_shards(hp.val_files, hp.val_tokens, 1, vocab_size))
+        train = list(find_shards(hp.train_files, hp.batch_tokens, hp.train_steps, vocab_size))
+        val = list(find_shards(hp.val_files, hp.val_tokens, 1, vocab_size))
         for path in (train + val) * byte_sized:
-            tokens = train_gpt.open_shard(path)
+            tokens = open_shard(path)
             if ((tokens > 255) & (tokens != END_OF_TEXT)).any():
                 raise ValueError(f"{path} holds more than bytes")
     except ValueError as error:
@@ -80,7 +83,7 @@ def training(hp: Hyperparameters, seed: int) -> Iterator[tuple[int, float, list[
     train_batches, validation = batches(train_shards, hp.batch_tokens, hp), next(batches(val_shards, hp.val_tokens, hp))
     for step in range(hp.train_steps + 1):
         if train_gpt.is_validation_step(step, hp):
-            momenta = [bank.state["nesterov.momentum"][i] for bank, i in train_gpt.owned_neurons(banks).values()]
+            momenta = [bank.state["nesterov.momentum"][i] for bank, i in owned_neurons(banks).values()]
             yield step, train_gpt.validation_loss(model, *validation, hp), momenta
         if step == hp.train_steps:
             return

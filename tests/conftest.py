@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from tests.interpreter import DEVICE  # isort: skip, before Triton is imported
 
 import train_gpt
+from harness.checkpoint import SIGNALS
 
 # on a GPU fp32 products are cuBLAS's
 needs_interpreter = pytest.mark.skipif(DEVICE.type == "cuda", reason="needs Triton's interpreter")
@@ -132,7 +133,7 @@ def train(folder: Path, words):
     folder.mkdir(exist_ok=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    before, handlers = Path.cwd(), {number: signal.getsignal(number) for number in train_gpt.SIGNALS}
+    before, handlers = Path.cwd(), {number: signal.getsignal(number) for number in SIGNALS}
     os.chdir(folder)
     try:
         train_gpt.main(list(words))

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 import aurora
 from aurora import Aurora, Rule, advance_
-from train_gpt import GPT, Place, Replayed, fill, initial_weights, learning_rate_factor, make_banks, override, update
+from harness.ranks import Place
+from train_gpt import GPT, Replayed, fill, initial_weights, learning_rate_factor, make_banks, override, update
 
 CPU = torch.device("cpu")
 # 3 blocks: 12 squares, 3 tall and 3 wide matrices; of the tall ones 4 ranks own 1, 1, 1 and none. The rate of every
@@ -295,7 +296,7 @@ def test_an_update_can_be_in_a_cuda_graph(rule, monkeypatch):
     monkeypatch.setattr(torch, "_fused_adamw_", fused_adamw)  # it has no fake
     monkeypatch.setattr(aurora, "compiled_rule", lambda text: partial(advance_, Rule.of(text)))
     with FakeTensorMode(), Unguarded():
-        banks = make_banks(GPT(hp), hp, place)
+        banks = make_banks(GPT(hp).to_empty(device=place.device), hp, place)
         for step in range(2):
             for bank in banks:
                 bank.reduce()

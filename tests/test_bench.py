@@ -112,8 +112,8 @@ def test_step_on_a_cpu(tmp_path):
     rows = table(text)
     assert [row["program"] for row in rows] == [step.OURS, step.PUBLISHED]
     for row in rows:
-        # a column has four digits
-        assert float(row["tokens/s"]) == pytest.approx(128 / (float(row["step, ms"]) / 1000), rel=2e-3)
+        # a column has four digits or, where a slow machine trains few tokens a second, whole numbers
+        assert float(row["tokens/s"]) == pytest.approx(128 / (float(row["step, ms"]) / 1000), rel=2e-3, abs=0.5)
         assert row["utilisation"] == "not measured" and row["predicted, ms"] == "none"
     assert "(aim on a GPU: 1.5; not measured)" in text and "None" not in text
     for part in text.split("\n## ")[1:]:

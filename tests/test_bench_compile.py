@@ -15,7 +15,7 @@ GRAPHS = """
 import json
 from bench import RULES, roofline
 from bench.graph import PROGRAMS, memory_rows, rows, update_rows
-from records.doctor import RESERVE, step_bytes
+from harness.doctor import RESERVE, step_bytes
 from train_gpt import override
 del PROGRAMS["published"]  # it takes as long again
 recipes = [override(["micro_batch=16", f"num_layers={layers}"]) for layers in (1, 2)]
@@ -114,7 +114,7 @@ def test_memory_of_a_layer(graphs):
 
 @of_pytorch_2_13
 def test_the_doctor_knows_what_a_step_takes(graphs):
-    """Kills: `records doctor` with a model of the memory that the program has outgrown."""
+    """Kills: a doctor with a model of the memory that the program has outgrown."""
     for _, row, bound in graphs["layers"]:
         assert row["in all"] < bound < 1.1 * row["in all"]
 

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, start, train
 
 import train_gpt
-from checkpoint import read_checkpoint, write_checkpoint
+from harness.checkpoint import read_checkpoint, write_checkpoint
 from records.__main__ import main as desk
 from records.log import read
 from tests.drills import kill
@@ -25,7 +26,7 @@ from tests.drills.kill import checkpoint_of, curve, tensors
 # The trainer, which sends itself a signal when a function is called for the n-th time.
 SELF_KILL = """
 import os, sys
-import checkpoint, train_gpt
+import harness.checkpoint, train_gpt
 
 owner, name, calls, signal = {owner}, {name!r}, {calls}, {signal}
 original = getattr(owner, name)
@@ -77,9 +78,9 @@ def test_checkpoints_change_nothing(whole, quick, tmp_path):
 @pytest.mark.parametrize("moment", [
     dict(calls=5),  # in step 5, of which the log already tells
     dict(calls=15),  # in the second trial
-    dict(owner="checkpoint.torch", name="save", calls=2),
-    dict(owner="checkpoint.os", name="rename", calls=3),  # before the second file has its name
-    dict(owner="checkpoint.os", name="rename", calls=4),  # between the second file's and its manifest's
+    dict(owner="harness.checkpoint.torch", name="save", calls=2),
+    dict(owner="harness.checkpoint.os", name="rename", calls=3),  # before the second file has its name
+    dict(owner="harness.checkpoint.os", name="rename", calls=4),  # between the second file's and its manifest's
 ])
 def test_a_killed_run_goes_on_to_the_same_bits(moment, words, whole, tmp_path):
     """Kills: weights, a momentum, AdamW's count of steps or the place in the data that is lost or a step off; lines
@@ -109,10 +110,10 @@ def test_a_signal_stops_at_the_next_step(number, words, whole, tmp_path):
 
 def test_all_ranks_leave_together(quick, tmp_path, monkeypatch):
     """Kills: a rank that leaves while rank 0 still receives or writes: torchrun would soon end rank 0 as well."""
-    events, barrier = [], train_gpt.dist.barrier
-    monkeypatch.setattr("checkpoint.write_checkpoint", lambda *_: events.append("written"))
-    monkeypatch.setattr(train_gpt.dist, "barrier", lambda: (events.append("all ranks are here"), barrier()))
-    monkeypatch.setattr(train_gpt, "record_neurons", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    events, barrier = [], dist.barrier
+    monkeypatch.setattr("harness.checkpoint.write_checkpoint", lambda *_: events.append("written"))
+    monkeypatch.setattr(dist, "barrier", lambda: (events.append("all ranks are here"), barrier()))
+    monkeypatch.setattr("harness.trial.record_neurons", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):
         train(tmp_path, [*quick, "--checkpoint-every", "100", "--neurons", "5"])
     assert events[-2:] == ["written", "all ranks are here"]
@@ -121,8 +122,8 @@ def test_all_ranks_leave_together(quick, tmp_path, monkeypatch):
 def test_a_signal_may_ask_for_a_checkpoint_alone(quick, tmp_path, monkeypatch):
     """Kills: a run that ends of SIGUSR1, or does not heed it."""
     saved = []
-    monkeypatch.setattr("checkpoint.write_checkpoint", lambda folder, name, state: saved.append(state["step"]))
-    monkeypatch.setattr(train_gpt, "record_neurons", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    monkeypatch.setattr("harness.checkpoint.write_checkpoint", lambda folder, name, state: saved.append(state["step"]))
+    monkeypatch.setattr("harness.trial.record_neurons", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
     train(tmp_path, [*quick, "--checkpoint-every", "100", "--neurons", "5"])
     assert saved == [6]  # sent in step 5, after the ranks agreed
     (log,) = (tmp_path / "logs").glob("*.txt")
@@ -194,14 +195,14 @@ def test_a_checkpoint_is_of_its_moment(quick, tmp_path, monkeypatch):
     words = [*quick, "--checkpoint-every", "3"]
     taken, written, step_6 = [], [], threading.Event()
     with monkeypatch.context() as patch:
-        patch.setattr("checkpoint.Writer.write", lambda *arguments: taken.append(copy.deepcopy(arguments[-1])))
+        patch.setattr("harness.checkpoint.Writer.write", lambda *arguments: taken.append(copy.deepcopy(arguments[-1])))
         train(tmp_path / "at once", words)
 
     def slow(folder, name, state):
         assert step_6.wait(60)
         time.sleep(0.5)  # while the run goes on to its next checkpoint or its end, unless it waits
         written.append(copy.deepcopy(state))
-    monkeypatch.setattr("checkpoint.write_checkpoint", slow)
+    monkeypatch.setattr("harness.checkpoint.write_checkpoint", slow)
     factor = train_gpt.learning_rate_factor
     monkeypatch.setattr(train_gpt, "learning_rate_factor",
                         lambda step, hp: (step == 5 and step_6.set()) or factor(step, hp))
@@ -233,5 +234,5 @@ def test_run_sh_leaves_a_checkpoint_its_recipe(words, tmp_path):
     (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")
     subprocess.run(["bash", "run.sh", *words], cwd=tmp_path, check=True, env={"PATH": os.environ["PATH"]})
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls[0] == " ".join(["python -m records doctor --", *words])
+    assert calls[0] == " ".join(["python -m harness.doctor --", *words])
     assert calls[1].endswith(" ".join(["train_gpt.py", *words])) and "--nproc_per_node=1 " in calls[1]

@@ -19,11 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from harness.log import flatten
 from kernels import cross_entropy
 from kernels.cross_entropy import (ROWS, fused_head_loss, head_loss, head_loss_op,
                                    head_loss_reference, losses_of_rows, rows_at_once, softcapped_cross_entropy_,
                                    softcapped_cross_entropy_reference, to_gradient_)
-from train_gpt import flatten
 
 
 def exact(logits, targets):
@@ -233,7 +233,7 @@ def test_a_logged_script_alone(tmp_path):
     inputs = *head(5, 8, 60, torch.float32)[0], torch.arange(5, device=DEVICE)
     torch.save(inputs, tmp_path / "inputs.pt")
     script = tmp_path / "script.py"
-    script.write_text(flatten(ROOT / "kernels" / "cross_entropy.py") + f"""
+    script.write_text(flatten(ROOT / "kernels" / "cross_entropy.py", ROOT) + f"""
 inputs = torch.load("inputs.pt", map_location={str(DEVICE)!r})
 torch.save(fused_head_loss(*inputs, 5), "loss.pt")
 """)

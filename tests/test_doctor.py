@@ -1,4 +1,4 @@
-"""What the desk's doctor finds, on machines that stubs stand for, and on this one."""
+"""What the doctor finds, on machines that stubs stand for, and on this one."""
 
 import itertools
 import json
@@ -10,8 +10,7 @@ import torch
 from conftest import ROOT, write_shard
 
 from aurora import RESULT_17
-from records import doctor
-from records.__main__ import main
+from harness import doctor
 
 FIELDS = "index, uuid, driver_version, mig.mode.current, name, compute_cap, memory.total, memory.used"
 NODE = "".join(f"{index}, GPU-{index}a7e, 580.65.06, Disabled, NVIDIA H100 80GB HBM3, 9.0, 81559, 4\n"
@@ -66,7 +65,7 @@ def found() -> list[str]:
 def test_a_healthy_machine(machine, capsys):
     """Kills: a finding on a machine that has none; the tiny recipe where there are GPUs; a world of one process."""
     machine(HEALTHY)
-    assert main(["doctor"]) == 0
+    assert doctor.main([]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0].endswith(", 2 x NVIDIA H100 80GB HBM3")
     assert said[1].endswith(" parameters, [] in 2 processes") and said[3:] == ["nothing found: it can start"]
@@ -219,10 +218,10 @@ def test_what_is_known_to_be_well(version, capability, machine):
 def test_a_missing_package_and_its_remedy(machine, capsys):
     """Kills: a finding without a reason or a command; code 0 over one that ends the run, 1 over one that does not."""
     machine(HEALTHY)["tqdm"] = "0.1"
-    assert main(["doctor"]) == 0
+    assert doctor.main([]) == 0
     assert capsys.readouterr().out.splitlines()[3] == "WARNING: tqdm 0.1, pinned is 4.70.1"
     del machine(HEALTHY)["tqdm"]
-    assert main(["doctor"]) == 1
+    assert doctor.main([]) == 1
     said = capsys.readouterr().out.splitlines()[3:]
     assert [line.split(":")[0] for line in said] == ["FOUND", "  why it matters", "  mend"]
     assert "tqdm is missing" in said[0] and "pip install -r requirements.txt" in said[2]
@@ -311,14 +310,14 @@ def test_the_run_itself(small, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(doctor, "packages", lambda gpus: [])
-    assert main(["doctor", "--json", *small]) == 0
+    assert doctor.main(["--json", *small]) == 0
     assert "40 steps of 256 tokens" in json.loads(capsys.readouterr().out)["plan"]
-    assert main(["doctor", "--", *small, "--trials", "0"]) == 1
+    assert doctor.main(["--", *small, "--trials", "0"]) == 1
     assert capsys.readouterr().out.splitlines()[1] == "FOUND: --seed 0 --trials 0"
-    assert main(["doctor", "train_steps=4000"]) == 1
+    assert doctor.main(["train_steps=4000"]) == 1
     assert capsys.readouterr().out.splitlines()[3] == "  mend: python data/cached_fineweb10B.py 22"
     write_shard(tmp_path / "train_1.bin", range(2000), count=1999)
-    assert main(["doctor", *small, "train_files=train_*.bin"]) == 1
+    assert doctor.main([*small, "train_files=train_*.bin"]) == 1
     assert capsys.readouterr().out.splitlines()[1:] == [
         "FOUND: train_1.bin holds 2000 tokens, its header says 1999",
         "  why it matters: the run would end before its first step",

@@ -11,8 +11,9 @@ from torch._dynamo.utils import counters
 
 import aurora
 from aurora import Aurora, Rule, advance_
+from harness.ranks import Place
 from kernels import cross_entropy, mlp, norm, qkv
-from train_gpt import GPT, Place, accumulate_gradients, fill, initial_weights, make_banks, override, validation_loss
+from train_gpt import GPT, accumulate_gradients, fill, initial_weights, make_banks, override, validation_loss
 
 
 @pytest.fixture(autouse=True)

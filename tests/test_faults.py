@@ -16,7 +16,8 @@ import torch
 from conftest import ROOT, start, train, write_shard
 
 import train_gpt
-from checkpoint import file_sha256, read_checkpoint, write_checkpoint
+from harness.checkpoint import file_sha256, read_checkpoint, write_checkpoint
+from harness.heartbeat import Heartbeat
 from records.__main__ import main as desk
 from records.log import read
 from tests.drills.kill import checkpoint_of
@@ -74,11 +75,11 @@ def state(**values):
     return lambda folder, _: write_checkpoint(folder, "seed0-step1.pt", read_checkpoint(folder) | values)
 
 
-def fails(name, error):
+def fails(place, error):
     def plant(_, monkeypatch):
         def failing(*_):
             raise error
-        monkeypatch.setattr(train_gpt, name, failing)
+        monkeypatch.setattr(place, failing)
     return plant
 
 
@@ -154,12 +155,13 @@ FAULTS = [  # what is typed, what is planted, the line that a person reads
      "logs/run.checkpoint: to or from adamw it cannot change"),
     ([*FORK, "train_steps=8"], checkpoint(), "--fork-from: train_steps=8, and logs/run.checkpoint is at step 8"),
     ([], lambda folder, _: (folder / "logs").touch(), "rank 0: [Errno 17] File exists: 'logs'"),
-    ([], fails("accumulate_gradients", torch.OutOfMemoryError()),
+    ([], fails("train_gpt.accumulate_gradients", torch.OutOfMemoryError()),
      "rank 0: the GPU has not enough memory for micro_batch=2; try micro_batch=1"),
-    (["micro_batch=1"], fails("accumulate_gradients", torch.OutOfMemoryError()),
+    (["micro_batch=1"], fails("train_gpt.accumulate_gradients", torch.OutOfMemoryError()),
      "rank 0: the GPU has not enough memory for micro_batch=1; no smaller one is left: take more GPUs or "
      "a smaller model"),
-    ([], fails("facts", OSError(28, "No space left on device")), "rank 0: [Errno 28] No space left on device"),
+    ([], fails("harness.run.facts", OSError(28, "No space left on device")),
+     "rank 0: [Errno 28] No space left on device"),
 ]
 
 
@@ -288,7 +290,7 @@ def test_a_run_that_goes_on_runs_what_it_cuts_off(quick, tmp_path, monkeypatch):
     seed left out, and its state given to the next one, because another log holds it."""
     train(tmp_path / "single", quick)
     with monkeypatch.context() as patch:
-        patch.setattr("checkpoint.write_checkpoint", lambda folder, name, state: "seed0" in name and
+        patch.setattr("harness.checkpoint.write_checkpoint", lambda folder, name, state: "seed0" in name and
                       write_checkpoint(folder, name, state))
         train(tmp_path, [*quick, "--trials", "3", "--checkpoint-every", "5"])
     path = log_of(tmp_path)
@@ -360,7 +362,8 @@ def test_a_log_that_is_cut_anywhere_is_told_from_a_whole_one(quick, tmp_path, ca
 # The trainer, with a rank that does something else when step 6 has its gradients.
 LOST = """
 import os, signal, sys, time
-import heartbeat, train_gpt
+import train_gpt
+from harness import heartbeat
 
 heartbeat.SILENT, heartbeat.STALLED = {silent}, {stalled}
 update = train_gpt.update
@@ -415,6 +418,16 @@ def test_a_step_that_hangs_ends_the_job(quick, tmp_path):
     validating = lost(tmp_path, "time.sleep(7)", rank=0, stalled=4)
     validating.write_text(validating.read_text().replace("step == 5", "step == 4"))
     assert start(quick, tmp_path, validating, PYTHONPATH=str(ROOT)).returncode == 0
+
+
+def test_where_a_program_hangs_is_told_by_a_line_of_its_own(tmp_path):
+    """Kills: a line of a package in .venv, which is also below the root; only files of the root itself, or those beside
+    heartbeat.py, known as the project's."""
+    names = {"beat": Heartbeat(0, 1, tmp_path)}
+    for name, code in ((".venv/lib/python3/site-packages/torch/a.py", "def inner(): return beat.whereabouts()"),
+                       ("harness/b.py", "def outer(): return inner()"), ("c.py", "def direct(): return inner()")):
+        exec(compile(code, str(tmp_path / name), "exec"), names)
+    assert (names["outer"](), names["direct"]()) == ("outer (b.py:1)", "direct (c.py:1)")
 
 
 def test_a_rank_that_is_killed_ends_the_job(quick, tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from hypothesis import HealthCheck, example, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 import train_gpt  # noqa: E402
-from checkpoint import file_sha256, read_checkpoint, write_checkpoint  # noqa: E402
+from harness.arguments import complain  # noqa: E402
+from harness.checkpoint import file_sha256, read_checkpoint, write_checkpoint  # noqa: E402
+from harness.shards import find_shards  # noqa: E402
 
 EXAMPLES = settings(max_examples=500, derandomize=True, deadline=None, database=None,
                     suppress_health_check=list(HealthCheck))
@@ -28,7 +31,7 @@ def refusal(read, *arguments) -> str | None:
         return None
     except (OSError, ValueError) as error:
         with pytest.raises(SystemExit) as end:
-            train_gpt.complain(error)
+            complain(error)
     assert "\n" not in end.value.code
     return end.value.code
 
@@ -51,7 +54,7 @@ def test_shards(tmp_path, header, body, claim, cut, length):
              and all(token < 50304 for token in body))
     batches = max(0, (header[2] - 2) // 2)
     found = {}
-    line = refusal(lambda: found.update(train_gpt.find_shards(str(tmp_path / "a.bin"), 2, 1, 50304)))
+    line = refusal(lambda: found.update(find_shards(str(tmp_path / "a.bin"), 2, 1, 50304)))
     assert (line is None) == (whole and batches > 0)
     assert line is None or str(tmp_path / "a.bin") in line
     assert found in ({}, {str(tmp_path / "a.bin"): header[2]})
@@ -59,7 +62,7 @@ def test_shards(tmp_path, header, body, claim, cut, length):
 
 # ---- recipes ----
 
-FIELDS = {f.name: f.type for f in train_gpt.fields(train_gpt.Hyperparameters)}
+FIELDS = {f.name: f.type for f in fields(train_gpt.Hyperparameters)}
 NUMBERS = {int: st.one_of(st.integers(-1, 9), st.integers(1, 400).map(lambda digits: 10**digits)),
            float: st.one_of(st.floats(), st.sampled_from([1e308, 1e-320, 0, -0.0])), str: st.text(max_size=5)}
 typed = st.sampled_from(list(FIELDS)).flatmap(lambda name: NUMBERS[FIELDS[name]].map(lambda value: f"{name}={value}"))

@@ -12,9 +12,12 @@ from conftest import one_process, start
 from matplotlib.figure import Figure
 
 import train_gpt
+from harness.log import RunLog
+from harness.neurons import owned_neurons, record_neurons
+from harness.ranks import Place
 from records.__main__ import main
 from records.neurons import Look, dead, draw_low, draw_persistent, draw_spread, half, persistent, read, table
-from train_gpt import GPT, Place, fill, initial_weights, override
+from train_gpt import GPT, fill, initial_weights, override
 
 
 def test_the_result_does_not_change_and_every_matrix_is_written(small, tmp_path):
@@ -51,10 +54,10 @@ def test_rows_are_what_they_are_called(small, rule, tmp_path, monkeypatch):
     model = GPT(hp)
     place = Place(0, 1, torch.device("cpu"))
     banks = train_gpt.make_banks(model, hp, place)
-    log = train_gpt.RunLog("run", 1)
+    log = RunLog("run")
     generator = torch.Generator().manual_seed(0)
     momentum = 0
-    ((bank, i),) = train_gpt.owned_neurons(banks).values()
+    ((bank, i),) = owned_neurons(banks).values()
     with one_process():
         fill(banks, initial_weights(model, 0))
         for step in range(3):
@@ -66,7 +69,7 @@ def test_rows_are_what_they_are_called(small, rule, tmp_path, monkeypatch):
             gradient = bank.gradients[i].clone()
             beta = 0.95  # mu, and of adamw the first beta
             momentum = beta * momentum + (1 - beta) * gradient.double()
-            train_gpt.record_neurons(banks, {"blocks.0.mlp.fc.weight": before}, 7, step + 1, place, log)
+            record_neurons(banks, {"blocks.0.mlp.fc.weight": before}, 7, step + 1, place, log)
     look = read("logs/run.txt")[-1]
     assert (look.seed, look.step, look.layer, look.matrix, look.inputs) == (7, 3, 0, "fc", 32)
     M = momentum

@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT, start
 
 import train_gpt
+from harness.trial import against_reference, read_reference
 from records import published
 from records.__main__ import main
 
@@ -42,7 +43,7 @@ def test_projection_covers():
     for k, left_out in enumerate(curves):
         reference = numbers(published.reference(curves[:k] + curves[k + 1:]))
         for step in (s for s in reference if 1920 <= s < 3200):
-            told = train_gpt.against_reference(step, left_out[step], reference)
+            told = against_reference(step, left_out[step], reference)
             final, half = map(float, re.search(r"final ([\d.]+) \+- ([\d.]+)", told).groups())
             hits.append(abs(final - left_out[3200]) <= half + 5e-5)  # of four printed digits
     assert len(hits) == 20 * 20 and 0.9 < sum(hits) / len(hits) < 1
@@ -54,20 +55,19 @@ def test_projection_covers():
 def test_progress_line(step, loss, said):
     """Kills: a projection before 60% or at the end; a difference in nats called deviations; a KeyError at a step that
     was not published."""
-    assert train_gpt.against_reference(step, loss, train_gpt.read_reference(train_gpt.Hyperparameters())) == said
+    assert against_reference(step, loss, read_reference(train_gpt.Hyperparameters(), ROOT)) == said
 
 
-def test_reference_of_another_recipe(monkeypatch, tmp_path):
+def test_reference_of_another_recipe(tmp_path):
     """Kills: another schedule or target held against #17; a run that needs the file."""
-    assert train_gpt.read_reference(train_gpt.Hyperparameters(train_steps=3000)) == {}
-    assert train_gpt.read_reference(train_gpt.Hyperparameters(target_loss=2.35)) == {}
-    monkeypatch.setattr(train_gpt, "HERE", tmp_path)
-    assert train_gpt.read_reference(train_gpt.Hyperparameters()) == {}
+    assert read_reference(train_gpt.Hyperparameters(train_steps=3000), ROOT) == {}
+    assert read_reference(train_gpt.Hyperparameters(target_loss=2.35), ROOT) == {}
+    assert read_reference(train_gpt.Hyperparameters(), tmp_path) == {}
 
 
 def test_terminal_shows_the_reference(small, tmp_path):
     """Kills: a line that is computed but not shown. The trainer runs in a terminal, beside a reference of 40 steps."""
-    for name in ("train_gpt.py", "aurora.py", "checkpoint.py", "heartbeat.py", "kernels"):
+    for name in ("train_gpt.py", "aurora.py", "harness", "kernels"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
     folder = tmp_path / "records" / "published"
     folder.mkdir(parents=True)
@@ -95,7 +95,7 @@ def test_terminal_shows_the_reference(small, tmp_path):
 
 def test_a_run_that_plainly_diverges_ends(small, tmp_path, capsys):
     """Kills: hours of GPUs on a run that is worse than its start; its loss lost, or counted as an accident."""
-    for name in ("aurora.py", "checkpoint.py", "heartbeat.py", "kernels"):
+    for name in ("aurora.py", "harness", "kernels"):
         (tmp_path / name).symlink_to(ROOT / name)
     source, loss = (ROOT / "train_gpt.py").read_text(), "validation_loss(model, *validation, hp))"
     assert source.count(loss) == 1

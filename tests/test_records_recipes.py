@@ -61,7 +61,7 @@ def test_a_recipe_runs_dry(name, tmp_path, monkeypatch, capsys):
     """Kills: a recipe that a renamed field or stage has left behind, a record attempt that is called none, a folder
     without a README or a line in the table."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_gpt, "find_shards", lambda *_: {})
+    monkeypatch.setattr("harness.run.find_shards", lambda *_: {})
     for variable in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(variable, raising=False)
     train_gpt.main([f"@{name}", "--dry-run"])

@@ -10,6 +10,7 @@ import pytest
 from test_records import OURS, ROOT, write
 
 import train_gpt
+from harness.log import flatten
 from records import published
 from records.__main__ import VERBS, fold, main, parser
 from records.diff import rules
@@ -251,6 +252,19 @@ def test_lint_of_ours(tmp_path, capsys):
     (tiny,) = (ROOT / "records" / "tiny").glob("*.txt")
     status, out = run(capsys, "lint", str(tiny))
     assert status == 1 and "changed    model_dim: model_dim = 64" in out
+
+
+@pytest.mark.parametrize("against", [[], ["--against", "base.py"]])
+def test_lint_of_the_file_that_reads_shards(against, tmp_path, monkeypatch, capsys):
+    """Kills: a log of ours that reads other tokens, or counts their batches otherwise, below the title of a file."""
+    monkeypatch.chdir(tmp_path)
+    source = flatten(ROOT / "train_gpt.py", ROOT)
+    Path("base.py").write_text(source)
+    for old, new, outcome in (("", "", "unchanged"), ("len(tokens) - 2", "len(tokens) - 3", "changed")):
+        Path("a.py").write_text(source.replace(old, new))
+        checks = json.loads(run(capsys, "lint", "a.py", *against, "--json")[1])["checks"]
+        assert [check["outcome"] for check in checks if check["what"] == "how shards are read"] == [outcome]
+        assert all(check["outcome"] == "unchanged" for check in checks if check["what"] in ("data", "model"))
 
 
 def test_the_rules_are_the_trainers(tmp_path, capsys):

@@ -7,7 +7,8 @@ import torch
 from conftest import ROOT
 from matplotlib.figure import Figure
 
-import train_gpt
+import results
+from harness.log import processor
 from results import markdown, provenance, publish
 
 
@@ -15,15 +16,15 @@ def test_provenance(monkeypatch):
     """Kills: a line without commit, driver or a version, or of several lines; changes that are not told of; a crash, or
     an empty word, where git is not installed or the sources are no checkout."""
     line = provenance()
-    assert "\n" not in line and f"torch {torch.__version__}" in line and train_gpt.processor() in line
+    assert "\n" not in line and f"torch {torch.__version__}" in line and processor() in line
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Card X")
     said = {"--query-gpu=driver_version": "570.1", "describe": "abc123", "status": ""}
-    monkeypatch.setattr(train_gpt, "output_of", lambda *command: next(said[word] for word in command if word in said))
+    monkeypatch.setattr(results, "output_of", lambda *command: next(said[word] for word in command if word in said))
     assert provenance().startswith("Card X, driver 570.1, ") and provenance().endswith("commit abc123")
     said["status"] = " M train_gpt.py"
     assert provenance().endswith("commit abc123-dirty")
-    monkeypatch.setattr(train_gpt, "output_of", lambda *command: "")
+    monkeypatch.setattr(results, "output_of", lambda *command: "")
     assert provenance().endswith("commit unknown")
 
 
@@ -49,8 +50,9 @@ def test_publish(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("folder, others", [
-    ("bench", "studies|tests"), ("studies", "bench|tests"), ("kernels", "train_gpt|records|bench|studies|tests"),
-    ("records", "bench|studies|tests"), ("data", "train_gpt|records|bench|studies|tests"), ("", "bench|studies|tests")])
+    ("bench", "studies|tests"), ("studies", "bench|tests"), ("harness", "train_gpt|records|bench|studies|tests"),
+    ("kernels", "train_gpt|harness|records|bench|studies|tests"), ("records", "harness|bench|studies|tests"),
+    ("data", "train_gpt|harness|records|bench|studies|tests"), ("", "bench|studies|tests")])
 def test_who_imports_whom(folder, others):
     """Kills: two folders that import each other, a program of the tests or the benches that a run needs."""
     files = list((ROOT / folder).glob("*.py"))
@@ -58,3 +60,15 @@ def test_who_imports_whom(folder, others):
     for path in files:
         found = re.search(rf"^ *(from|import) ({others})\b.*$", path.read_text(), re.M)
         assert not found, f"{path.name}: {found[0]}"
+
+
+def test_the_floors_of_the_harness():
+    """Kills: two files of harness/ that need each other, or one that needs a file of its own floor or above."""
+    floors = ["arguments ranks shards", "checkpoint heartbeat log neurons", "trial", "run", "doctor"]
+    known = set()
+    for floor in floors:
+        for name in floor.split():
+            needed = re.findall(r"^from harness\.(\w+) import", (ROOT / "harness" / f"{name}.py").read_text(), re.M)
+            assert set(needed) <= known, name
+        known |= set(floor.split())
+    assert known == {path.stem for path in (ROOT / "harness").glob("[!_]*.py")}

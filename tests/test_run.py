@@ -123,7 +123,7 @@ def run_sh(tmp_path):
     and a Python that asks the real doctor how many, has PyTorch do as `torch` says, and notes what else it is asked."""
     for name in ("run.sh", "requirements.txt"):
         (tmp_path / name).write_text((ROOT / name).read_text())
-    (tmp_path / "records").symlink_to(ROOT / "records")
+    (tmp_path / "harness").symlink_to(ROOT / "harness")
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "requirements.txt").write_text((ROOT / "requirements.txt").read_text())
 
@@ -155,7 +155,7 @@ def test_run_sh_trains_on_all_gpus(run_sh):
     """Kills: @tiny for a machine with GPUs, because somebody stopped listening while nvidia-smi still spoke."""
     run, asked = run_sh("echo 2", "0 1")
     assert run.returncode == 0, run.stderr
-    assert asked == "2: -m records doctor -- --dry-run\n"
+    assert asked == "2: -m harness.doctor -- --dry-run\n"
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])
@@ -163,11 +163,11 @@ def test_run_sh_with_hidden_gpus(hidden, run_sh):
     """Kills: an error for one who asks for the CPU, in either of the ways that CUDA knows."""
     run, asked = run_sh("exit 1", "0", CUDA_VISIBLE_DEVICES=hidden)
     assert run.returncode == 0, run.stderr
-    assert asked.splitlines()[-1] == "1: -m records doctor -- @tiny --dry-run"
+    assert asked.splitlines()[-1] == "1: -m harness.doctor -- @tiny --dry-run"
 
 
 def test_run_sh_where_pytorch_cannot_use_the_gpus(run_sh):
     """Kills: @tiny without a word; more than a line; a driver that is blamed without a look at its number."""
     run, asked = run_sh("exit 1", "0", CUDA_VISIBLE_DEVICES="GPU-0")
     assert run.returncode == 1 and run.stderr.count("\n") == 1 and asked == ""
-    assert "-m records doctor may say why" in run.stderr
+    assert "-m harness.doctor may say why" in run.stderr

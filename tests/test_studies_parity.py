@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import EOT, ROOT, write_shard
 
-import train_gpt
+from harness.shards import find_shards, open_shard
 from records import published
 from records.log import Trial, read
 from records.sample import Sample, common_moments
@@ -80,8 +80,8 @@ def test_lays_out_tokens(tmp_path):
     said = parity.lay_out(parity.hyperparameters(words, 7), tmp_path / "data")
     assert said == ("On local text, not FineWeb: 900 bytes, 3 batches of 256: in 7 steps each is seen 2.3 times, "
                     "in one order.")
-    shards = train_gpt.find_shards(f"{tmp_path}/data/fineweb10B/fineweb_train_*.bin", 256, 7, 257)
-    read = [list(train_gpt.open_shard(path)) for path in shards]
+    shards = find_shards(f"{tmp_path}/data/fineweb10B/fineweb_train_*.bin", 256, 7, 257)
+    read = [list(open_shard(path)) for path in shards]
     assert read == [list(first), [256, *second[1:]]] * 2 + [list(first)]
     said = parity.lay_out(parity.hyperparameters(words, 3), tmp_path / "data")
     assert said.endswith("in 3 steps none is seen twice.")
@@ -250,9 +250,10 @@ def test_end_to_end(comparison, monkeypatch, capsys):
 
 
 def test_equal_initial_weights_give_equal_curves(comparison, monkeypatch):
-    """Kills: a formula of the trainer or of the stand-in that is not the other's: contra left out is .0020 away, beta
-    .25 for .5 .0003, a cooldown of .6 .09. What is left, .0001, is bf16's rounding; a wrong sign of the rotary
-    embedding and a Newton-Schulz step fewer hide in it, and have tests of their own. Other seeds are .003 away."""
+    """Kills: a formula of the trainer or of the stand-in that is not the other's: contra left out is .0020 away, a
+    cooldown of .6 .09. What is left, .0001 to .0003 by the machine's vector unit, is bf16's rounding; beta .25 for .5,
+    a wrong sign of the rotary embedding and a Newton-Schulz step fewer hide in it, and have tests of their own. Other
+    seeds are .003 away."""
     folder, words = comparison
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     hp = parity.hyperparameters([word for word in words if "=" in word or word[0] == "@"], 30)
@@ -262,4 +263,4 @@ def test_equal_initial_weights_give_equal_curves(comparison, monkeypatch):
     parity.run(folder / "runs" / "oracle", folder / "runs" / "data", script, [])
     oracle, ours, other = (read(*(folder / "runs" / name).glob("logs/*.txt")).trials[0].losses
                            for name in ("oracle", "ours/0", "ours/1"))
-    assert max(abs(ours[step] - oracle[step]) for step in ours) < 2e-4 < 1e-3 < abs(ours[10] - other[10])
+    assert max(abs(ours[step] - oracle[step]) for step in ours) < 5e-4 < 1e-3 < abs(ours[10] - other[10])

@@ -20,12 +20,18 @@ from conftest import ROOT, one_process, train, write_shard
 
 import train_gpt
 from aurora import RESULT_17
+from harness.arguments import departures
+from harness.log import facts, flatten, render
+from harness.ranks import Place, fastest_attention, pin_attention
+from harness.run import summary
+from harness.shards import batches_in, find_shards, fineweb_shards
+from harness.trial import Clock
 from kernels.cross_entropy import fused_head_loss
 from kernels.mlp import fused_relu2_mlp
 from kernels.newton_schulz import NEWTON_SCHULZ_CHOICE
 from kernels.norm import fused_prenorm
 from kernels.qkv import fused_qkv_heads
-from train_gpt import GPT, Hyperparameters, Place, flatten, initial_weights, override, read_batches, render
+from train_gpt import EXPERIMENT, GPT, RULES, Hyperparameters, initial_weights, override, read_batches
 
 CPU = torch.device("cpu")
 
@@ -114,11 +120,11 @@ def test_departures_from_the_rules(words, line, run_source):
     """Kills: a run of another architecture, batch or target that passes for a record attempt, an optimizer's constant
     called a departure, a program taken from a log that compares its values with themselves."""
     hp = override(words)
-    assert train_gpt.departures(hp) == line
-    assert train_gpt.plan(hp, 1).splitlines()[1:] == line
-    assert [fact for fact in train_gpt.facts(hp, Place(0, 1, CPU), {}, "").splitlines() if "record" in fact] == line
-    namespace = run_source(render(flatten(ROOT / "train_gpt.py"), hp))
-    assert namespace["departures"](namespace["Hyperparameters"]()) == line
+    assert departures(hp, RULES) == line
+    assert summary(EXPERIMENT, hp, 1).splitlines()[1:] == line
+    assert [fact for fact in facts(EXPERIMENT, hp, Place(0, 1, CPU), {}).splitlines() if "record" in fact] == line
+    namespace = run_source(render(flatten(ROOT / "train_gpt.py", ROOT), hp))
+    assert namespace["departures"](namespace["Hyperparameters"](), namespace["EXPERIMENT"].rules) == line
 
 
 def test_initialisation(small):
@@ -290,7 +296,7 @@ def test_batches_are_upstreams(tmp_path):
     """
     write_shard(tmp_path / "b.bin", np.arange(100, 125))
     write_shard(tmp_path / "a.bin", np.arange(26))
-    shards = train_gpt.find_shards(f"{tmp_path}/*.bin", 8, 5, 50304)
+    shards = find_shards(f"{tmp_path}/*.bin", 8, 5, 50304)
     assert list(shards.values()) == [26, 25]
     for world in (1, 2, 4):
         ranks = [list(read_batches(shards, 8, 2, Place(rank, world, CPU))) for rank in range(world)]
@@ -300,7 +306,7 @@ def test_batches_are_upstreams(tmp_path):
             targets = torch.cat([batches[batch][1].flatten() for batches in ranks])
             assert inputs.tolist() == list(range(start, start + 8))
             assert targets.tolist() == list(range(start + 1, start + 9))
-    assert train_gpt.batches_in(np.empty(100_000_000, np.uint16), 524288) == 190
+    assert batches_in(np.empty(100_000_000, np.uint16), 524288) == 190
 
 
 def test_gradients_do_not_depend_on_the_micro_batch(model, small):
@@ -338,9 +344,9 @@ def test_gradients_do_not_depend_on_the_micro_batch(model, small):
 def test_clock_counts_training_alone(monkeypatch):
     """Kills: validation counted as training, a lap that is counted twice or not at all."""
     instants = iter([0, 5, 25, 26, 30])
-    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: next(instants)))
+    monkeypatch.setattr("harness.trial.time", SimpleNamespace(perf_counter=lambda: next(instants)))
     with one_process():
-        clock = train_gpt.Clock(Place(0, 1, CPU))
+        clock = Clock(Place(0, 1, CPU))
         assert clock.read() == 5
         clock.resume()  # at 25
         assert clock.read() == 6
@@ -351,7 +357,7 @@ def test_how_many_shards_of_fineweb_a_run_reads():
     """Kills: 16 or 18 shards for 3200 steps (190 batches each), a download for a run on other text."""
     for words, shards in (([], 17), (["train_steps=3230"], 17), (["train_steps=3231"], 18),
                           (["batch_tokens=1048576"], 34), (["train_files=a*.bin"], 0)):
-        assert train_gpt.fineweb_shards(override(words)) == shards
+        assert fineweb_shards(override(words)) == shards
 
 
 def test_overrides(tmp_path):
@@ -410,7 +416,7 @@ def test_wrong_overrides(words, says):
 def test_rendered_source_is_the_run(run_source):
     """Kills: a value written into the wrong line or lost, a default that is respelled, a second rendering that
     differs from the first, a local import that stays."""
-    source = flatten(ROOT / "train_gpt.py")
+    source = flatten(ROOT / "train_gpt.py", ROOT)
     assert render(source, Hyperparameters()) == source
     assert not [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)
                 and (ROOT / (n.module.replace(".", "/") + ".py")).exists()]
@@ -426,10 +432,10 @@ def test_rendered_source_is_the_run(run_source):
     assert vars(namespace["Hyperparameters"]()) == vars(hp)
 
 
-def test_the_program_of_a_log_is_its_files(tmp_path, monkeypatch):
+def test_the_program_of_a_log_is_its_files(tmp_path):
     """Kills: a file that is lost, twice there, cut, or below one that needs it; a banner with another's name; a
     docstring of the program that is another file's; a program that is put together anew from itself."""
-    source = flatten(ROOT / "train_gpt.py")
+    source = flatten(ROOT / "train_gpt.py", ROOT)
     opening, *parts = re.split(r"^#{80}\n# +(\S+) +#\n#{80}\n", source, flags=re.MULTILINE)
     files = dict(zip(parts[::2], parts[1::2]))
     assert list(files)[-1] == "train_gpt.py" and len(files) == len(parts) // 2
@@ -442,10 +448,11 @@ def test_the_program_of_a_log_is_its_files(tmp_path, monkeypatch):
         assert re.sub(r"^# (from \S+ import \w)", r"\1", text, flags=re.MULTILINE).rstrip() == (
             ROOT / name).read_text().rstrip()
         above.add(name)
-    assert above >= {"aurora.py", *(f"kernels/{path.name}" for path in (ROOT / "kernels").glob("[!_]*.py"))}
-    monkeypatch.setattr(train_gpt, "HERE", tmp_path)
+    folders = {f"{path.parent.name}/{path.name}" for path in ROOT.glob("*/[!_]*.py")
+               if path.parent.name in ("kernels", "harness")}
+    assert above == {"train_gpt.py", "aurora.py", *folders} - {"harness/doctor.py"}
     (tmp_path / "program.py").write_text(source)
-    assert flatten(tmp_path / "program.py") == source
+    assert flatten(tmp_path / "program.py", tmp_path) == source
 
 
 @pytest.mark.parametrize("main, other, complaint", [
@@ -465,31 +472,33 @@ def test_the_program_of_a_log_is_its_files(tmp_path, monkeypatch):
     ("from kernels.other import a\nimport os.path\nfrom os import path", "import os.path as path, os\na = 1", ""),
     ("from kernels.other import (a,\n  b)\nc = [x for x in (1,)]", "a = b = 1\ndef f(c, x): e = 1", ""),
 ])
-def test_what_one_file_cannot_hold(main, other, complaint, tmp_path, monkeypatch):
+def test_what_one_file_cannot_hold(main, other, complaint, tmp_path):
     """Kills: an import of a local file that a log's program would still ask for, or whose names it would not have; two
     meanings of one name, of which the program would keep the last; a local variable taken for such a name."""
-    monkeypatch.setattr(train_gpt, "HERE", tmp_path)
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").touch()
     (tmp_path / "kernels" / "other.py").write_text(other + "\n")
     (tmp_path / "main.py").write_text(main + "\n")
     if complaint:
         with pytest.raises(AssertionError, match=re.escape(complaint)):
-            flatten(tmp_path / "main.py")
+            flatten(tmp_path / "main.py", tmp_path)
     else:
-        exec(flatten(tmp_path / "main.py"), {})
+        exec(flatten(tmp_path / "main.py", tmp_path), {})
 
 
-@pytest.mark.parametrize("device, capability, lines", [
-    ("cpu", None, ["kernels: plain PyTorch", "newton_schulz: reference"]),
-    ("cuda", (7, 5), ["kernels: plain PyTorch", "newton_schulz: reference"]),
-    ("cuda", (8, 0), ["kernels: Triton", f"newton_schulz: {', '.join(NEWTON_SCHULZ_CHOICE)}"])])
-def test_the_log_names_what_computes(device, capability, lines, monkeypatch):
-    """Kills: a log that says kernels where PyTorch computes, or the other way round. The tests of kernels hold the
-    dispatchers to the same cards."""
+@pytest.mark.parametrize("device, capability, activation, lines", [
+    ("cpu", None, "relu2", ["kernels: plain PyTorch", "newton_schulz: reference"]),
+    ("cpu", None, "swiglu", ["kernels: plain PyTorch", "newton_schulz: reference"]),
+    ("cuda", (7, 5), "swiglu", ["kernels: plain PyTorch", "newton_schulz: reference"]),
+    ("cuda", (8, 0), "relu2", ["kernels: Triton", f"newton_schulz: {', '.join(NEWTON_SCHULZ_CHOICE)}"]),
+    ("cuda", (8, 0), "swiglu", ["kernels: Triton, MLP plain PyTorch",
+                                f"newton_schulz: {', '.join(NEWTON_SCHULZ_CHOICE)}"])])
+def test_the_log_names_what_computes(device, capability, activation, lines, monkeypatch):
+    """Kills: a log that says kernels where PyTorch computes, as it does an MLP with a gate, or the other way round. The
+    tests of kernels hold the dispatchers to the same cards."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    said = train_gpt.facts(Hyperparameters(), Place(0, 1, torch.device(device)), {}, "").splitlines()
+    said = facts(EXPERIMENT, Hyperparameters(activation=activation), Place(0, 1, torch.device(device)), {}).splitlines()
     assert [line for line in said if line.startswith(("kernels: ", "newton_schulz: "))] == lines
     assert (f"triton: {triton.__version__}" in said) == (device == "cuda")
 
@@ -504,7 +513,7 @@ def test_the_log_names_what_computes(device, capability, lines, monkeypatch):
 def test_the_attention_of_a_card(capability, head_dim, versions, backend):
     """Kills: heads of a size that the pinned backend does not take, so that the model fails as it compiles; a version
     of cuDNN that is wrong; an older card pinned to what it has not."""
-    assert train_gpt.fastest_attention(capability, head_dim, *versions) == backend
+    assert fastest_attention(capability, head_dim, *versions) == backend
 
 
 def test_one_backend_of_attention_is_allowed(monkeypatch):
@@ -516,9 +525,9 @@ def test_one_backend_of_attention_is_allowed(monkeypatch):
     for name in ("cudnn", "flash", "mem_efficient", "math"):
         monkeypatch.setattr(torch.backends.cuda, f"enable_{name}_sdp", partial(allowed.__setitem__, name))
     for head_dim, fastest in ((128, "cudnn"), (192, "flash")):
-        assert train_gpt.pin_attention(torch.device("cuda", 0), head_dim) == fastest
+        assert pin_attention(torch.device("cuda", 0), head_dim) == fastest
         assert allowed == {name: name == fastest for name in ("cudnn", "flash", "mem_efficient", "math")}
-    assert train_gpt.pin_attention(CPU, 128) == "PyTorch"
+    assert pin_attention(CPU, 128) == "PyTorch"
 
 
 def test_products_are_summed_in_fp32(quick, tmp_path, monkeypatch):

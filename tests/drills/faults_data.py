@@ -18,7 +18,7 @@ from results import publish
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = ["data/local.py", "TEXTS", "--encoding", "bytes", "--val-tokens", "1000", "--out", "DISK/out"]
 FINEWEB = ["data/fineweb.py", "TEXTS/a.txt", "TEXTS/b.txt", "--shard-tokens", "100000", "--out", "DISK/out"]
-DOCTOR = ["-m", "records", "doctor"]
+DOCTOR = ["-m", "harness.doctor"]
 
 
 @contextlib.contextmanager

@@ -28,10 +28,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tqdm import tqdm
 
 import train_gpt
-from checkpoint import read_checkpoint
+from harness.checkpoint import read_checkpoint
 from results import publish
 
-sys.path.insert(0, str(train_gpt.HERE / "data"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data"))
 from shards import write_shard
 
 STEPS, EVERY = 30, 3

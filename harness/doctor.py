@@ -1,5 +1,8 @@
-"""`doctor`: what would end or spoil a run on this machine, before it starts. Uses no GPU, and PyTorch only in a process
-of its own.
+"""What would end or spoil a run on this machine, why, and what mends it, before the run starts.
+
+    python -m harness.doctor [--price P] [--json] [-- ARGUMENT ...]      (the arguments of train_gpt.py)
+
+The exit code is 0 where nothing would end the run. Uses no GPU, and PyTorch only in a process of its own.
 
 How much memory a step takes is computed, not measured, and meant as a bound: 18 bytes a parameter (bf16 weight, fp32
 master and gradient, two fp32 moments); for each token of a micro-batch what the backward pass needs: in bf16 a layer's
@@ -8,6 +11,8 @@ a tenth above what bench/graph.py counts. GPUs that do not run the kernels keep 
 logit (bf16, its gradient, an fp32 copy).
 """
 
+import argparse
+import csv
 import json
 import os
 import re
@@ -22,8 +27,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
-from records.published import rows
-
 ROOT = Path(__file__).resolve().parent.parent
 LOG_BYTES = 20 * 2**20  # source, lines and sidecar of a long run with --neurons
 STATE_BYTES = 12  # of a checkpoint, a parameter at most: fp32, and two moments
@@ -37,13 +40,15 @@ FIELDS = "index", "uuid", "driver_version", "mig.mode.current", "name", "compute
 # What the trainer makes of its arguments, as JSON, then its dry run
 PROBE = """
 import json, sys, train_gpt
-args = train_gpt.parse(sys.argv[1:])
+from harness.arguments import complain, parse
+from harness.run import recall
+from harness.shards import fineweb_shards
 try:
-    hp = train_gpt.recall(args)[0] if args.resume or args.fork_from else train_gpt.override(args.overrides)
+    args, hp, _ = recall(train_gpt.EXPERIMENT, parse(sys.argv[1:]))
     print(json.dumps(vars(hp) | dict(mlp_dim=hp.mlp_dim, trials=args.trials, checkpoints=args.checkpoint_every,
-                                     fineweb_shards=train_gpt.fineweb_shards(hp))))
+                                     fineweb_shards=fineweb_shards(hp))))
 except (OSError, ValueError) as error:
-    train_gpt.complain(error)
+    complain(error)
 train_gpt.main(["--dry-run", *sys.argv[1:]])
 """
 
@@ -273,9 +278,11 @@ def estimate(run: dict, plan: str, gpus: list[Gpu], world: int, price: float | N
     from its published runs on 8; fewer take longer in proportion."""
     if not gpus:
         return []
-    if not gpus[0].name.endswith("H100 80GB HBM3") or "not a record attempt" in plan or "| aurora(" not in run["matrix_update"]:
+    as_17 = "not a record attempt" not in plan and "| aurora(" in run["matrix_update"]
+    if not gpus[0].name.endswith("H100 80GB HBM3") or not as_17:
         return [f"time: no step of this run was published for {gpus[0].name}"]
-    ms = statistics.median(float(row["step_avg_ms"]) for row in rows("record_17_curves.csv") if row["step_avg_ms"])
+    with open(ROOT / "records" / "published" / "record_17_curves.csv", newline="") as file:
+        ms = statistics.median(float(row["step_avg_ms"]) for row in csv.DictReader(file) if row["step_avg_ms"])
     hours = run["trials"] * run["train_steps"] * ms * 8 / world / 3.6e6
     cost = f", {hours * world * price:.2f} at {price:g} a GPU-hour" if price is not None else ""
     return [f"time: {60 * hours:.0f} minutes of steps{cost}; after the {ms:.0f} ms a step on 8 x H100 that result #17 "
@@ -328,3 +335,19 @@ def dry_run(words: list[str], world: int) -> tuple[dict | None, str, list[Findin
     if values and values["fineweb_shards"] and "fineweb10B" in what:
         remedy = f"python data/cached_fineweb10B.py {values['fineweb_shards']}"
     return values, "", [Finding(what, "the run would end before its first step", remedy or "change the arguments")]
+
+
+def main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m harness.doctor", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="ARGUMENT", help="of train_gpt.py; after -- also its options")
+    parser.add_argument("--price", type=float, metavar="P", help="of a GPU for an hour")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    options = parser.parse_args(words)
+    result = doctor(options.words, options.price)
+    print(json.dumps(result, indent=1) if options.json else text(result))
+    return 0 if result["verdict"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,8 +1,10 @@
 """A state of tensors, numbers and text in a folder: one file and manifest.json, which tells its size and sha256.
 
 The file before stays until the new one is whole and named, so a kill at any moment leaves one to read. A plain
-torch.save of what one process has gathered: 1.4 GB for GPT-2 small with its optimizers. torch.distributed.checkpoint
-would spread that over a file a rank, which no single hash vouches for, and needs as many steps to rename them as one.
+torch.save of what one process has gathered. torch.distributed.checkpoint would spread that over a file a rank, which no
+single hash vouches for, and needs as many steps to rename them as one.
+
+GPT-2 small's 1.38 GB cost a training on two CPU cores at most 1.7 s: 0.1 s of waiting and 1.6 s of a core.
 """
 
 import contextlib
@@ -11,22 +13,27 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import zipfile
 from pathlib import Path
 
 import torch
-
+import torch.distributed as dist
 
 torch.serialization.set_crc32_options(False)  # the sha256 vouches for more, and each costs as much of a core
 
 
+########################################
+#                 File                 #
+########################################
+
 class Hashed(io.BufferedWriter):
     """A file that hashes what is written to it, and brings it to the disk 64 MB at a time.
 
-    To read 1.4 GB again would take as long as to write them; and to have them all in the page cache takes the kernel
-    some seconds of a core that trains, where 64 MB take it none: the same pages serve again.
+    Hashing while writing saves a second read. Flushing every 64 MB keeps the page cache small: writing back 1.4 GB at
+    once takes seconds of a core that trains.
     """
 
     def __init__(self, path: Path):
@@ -77,7 +84,7 @@ class Writer:
     """Writes checkpoints in a thread, one at a time, while the training goes on."""
 
     def __init__(self):
-        self.thread = threading.Thread()
+        self.thread = None
 
     def write(self, folder: Path, name: str, state: dict):
         """After a wait(). An error is a line, and costs this checkpoint alone."""
@@ -92,8 +99,8 @@ class Writer:
         self.thread.start()
 
     def wait(self):
-        """Until the tensors of the state may change again."""
-        if self.thread.ident:
+        """Return when the tensors of the state may change again."""
+        if self.thread:
             self.thread.join()
 
 
@@ -130,3 +137,42 @@ def read_checkpoint(folder: Path) -> dict:
         raise
     except Exception:  # whatever zipfile, torch and its unpickler raise over a file that no run has written
         raise ValueError(f"{path} is no checkpoint: it is not made of tensors, numbers and text alone") from None
+
+
+########################################
+#            State of a run            #
+########################################
+# With --checkpoint-every N the newest state is in logs/NAME.checkpoint; SIGUSR1 saves at the next step, SIGTERM and
+# Ctrl-C save and stop. The place in the data follows from the step; nothing is drawn at random after the initial
+# weights.
+
+STATE = dict(hyperparameters=dict, source_sha256=str, end=int, neurons=int, every=int, failed=bool, seed=int, step=int,
+             trial=dict, banks=list, lengths=dict)  # `end`: of the seeds
+SAVE, STOP = 1, 2  # what a signal asks for: a checkpoint; a checkpoint and the end
+SIGNALS = {signal.SIGUSR1: SAVE, signal.SIGTERM: STOP, signal.SIGINT: STOP}
+
+
+def read_state(folder: Path) -> dict:
+    """A checkpoint that a run has written; ValueError, in one line, for any other."""
+    state = read_checkpoint(folder)
+    if not isinstance(state, dict) or {name: type(value) for name, value in state.items()} != STATE:
+        raise ValueError(f"{folder} is no checkpoint of a run")
+    return state
+
+
+class Signals:
+    """What signals have requested of this process. Where they are not heeded, their handlers stay Python's."""
+
+    def __init__(self, heeded: bool):
+        self.heeded, self.request = heeded, 0
+        for number in SIGNALS if heeded else ():
+            signal.signal(number, lambda number, _: setattr(self, "request", max(self.request, SIGNALS[number])))
+
+    def agree(self, device: torch.device) -> int:
+        """Collective: the strongest request that a signal has made of any rank since the last call, or 0. Synchronises
+        with the GPU."""
+        if not self.heeded:
+            return 0
+        request, self.request = torch.tensor(self.request, device=device), 0
+        dist.all_reduce(request, dist.ReduceOp.MAX)
+        return request.item()

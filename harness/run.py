@@ -1,0 +1,226 @@
+"""A run: one command line, one process group, one log, and a trial for each seed."""
+
+import argparse
+import importlib.util
+import math
+import os
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from aurora import Rule
+from harness.arguments import Experiment, complain, departures, overridden, parse
+from harness.checkpoint import Signals, Writer, read_state
+from harness.heartbeat import Heartbeat
+from harness.log import SEPARATOR, RunLog, facts, finished_seeds, log_files, mirror_to_wandb
+from harness.log import source_of_run, source_sha256
+from harness.ranks import Place, check_place, join, micro_batch_size
+from harness.shards import find_shards, fineweb_shards
+from harness.trial import Trial
+
+SHAPES = "batch_tokens", "vocab_size", "num_layers", "model_dim", "mlp_dim", "activation"  # a fork cannot change them
+
+
+########################################
+#           How a run begins           #
+########################################
+
+class Start(NamedTuple):
+    """What a run begins with. `args` are those that count: of a resumed run, the ones that it began with."""
+    args: argparse.Namespace
+    hp: object  # the experiment's hyperparameters
+    state: dict | None = None  # of the checkpoint that the first trial goes on from
+
+
+def recall(experiment: Experiment, args: argparse.Namespace) -> Start:
+    """What the arguments ask for, and the checkpoint that they name says. ValueError where the two do not fit."""
+    if not (args.resume or args.fork_from):
+        return Start(args, overridden(experiment, args.overrides))
+    folder = Path(args.resume or args.fork_from)
+    state = read_state(folder)
+    words = [f"{name}={value}" for name, value in state["hyperparameters"].items()]
+    same = state["hyperparameters"].keys() == vars(experiment.hyperparameters()).keys()  # else its words are unknown here
+    before = overridden(experiment, words) if same else None
+    if not same or state["source_sha256"] != source_sha256(source_of_run(experiment.script, before)):
+        raise ValueError(f"{folder} is of another version of this program: check out the commit that its log names")
+    if args.resume:
+        check_resume(args, state, folder)
+        settled = dict(seed=state["seed"], trials=state["end"] - state["seed"], neurons=state["neurons"],
+                       checkpoint_every=state["every"])
+        return Start(argparse.Namespace(**vars(args) | settled), before, state)
+    hp = overridden(experiment, words + args.overrides)
+    check_fork(hp, before, state, folder)
+    return Start(argparse.Namespace(**vars(args) | dict(seed=state["seed"], trials=1)), hp, state)
+
+
+def check_resume(args: argparse.Namespace, state: dict, folder: Path):
+    if args.overrides:
+        raise ValueError("--resume goes on as the run began, without NAME=VALUE; --fork-from starts a variation")
+    for path, size in log_files(folder.stem).items():
+        if size < state["lengths"].get(path, math.inf):
+            raise ValueError(f"{path} is not here, or shorter than {folder} says: start where logs/ holds both")
+
+
+def check_fork(hp, before, state: dict, folder: Path):
+    for name in SHAPES:
+        if getattr(hp, name) != getattr(before, name):
+            raise ValueError(f"--fork-from: {name} is {getattr(before, name)} in {folder} and cannot change")
+    if Rule.of(hp.matrix_update).alone != Rule.of(before.matrix_update).alone:
+        raise ValueError(f"--fork-from: matrix_update is {before.matrix_update!r} in {folder}: to or from adamw it cannot "
+                         "change")
+    if hp.train_steps <= state["step"]:
+        raise ValueError(f"--fork-from: train_steps={hp.train_steps}, and {folder} is at step {state['step']}")
+
+
+def summary(experiment: Experiment, hp, world: int) -> str:
+    """What would run, for --dry-run."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in experiment.model(hp).parameters())
+    validations = sum(experiment.is_validation_step(step, hp) for step in range(hp.train_steps + 1))
+    size = (f"{parameters:,} parameters, {hp.train_steps:,} steps of {hp.batch_tokens:,} tokens, "
+            f"{validations} validations of {hp.val_tokens:,} tokens, world_size {world}")
+    return "\n".join([size, *departures(hp, experiment.rules)])
+
+
+########################################
+#                 Run                  #
+########################################
+
+class Run:
+    """What the trials of a run share. `shards` and `val_shards`: {path: tokens}."""
+
+    def __init__(self, experiment: Experiment, start: Start, place: Place, shards: dict, val_shards: dict):
+        self.experiment, self.place, self.shards, self.val_shards = experiment, place, shards, val_shards
+        self.args, self.hp, self.state = start
+        self.root = experiment.script.parent
+        self.failed = bool(self.args.resume) and self.state["failed"]  # whether a trial has
+        self.log, self.writer = RunLog(None), Writer()
+
+    def train(self):
+        """All trials, each to its end."""
+        seeds = self.seeds()
+        if not seeds:
+            return
+        if self.place.rank == 0:
+            self.log = self.open_log()
+            if self.args.wandb:
+                mirror_to_wandb(self.log, self.args.wandb, self.hp)
+        self.signals = Signals(heeded=self.args.checkpoint_every > 0)
+        with self.place.device:
+            model = self.experiment.model(self.hp)
+        if self.place.device.type == "cuda":
+            model.compile(dynamic=False)
+        with Heartbeat(self.place.rank, self.place.world, self.root) as self.heartbeat:
+            for seed in seeds:
+                with Trial(self, seed, self.state) as trial:
+                    resumed = self.args.resume and self.state
+                    self.log.line(f"resumed: step {self.state['step']}, world_size {self.place.world}" if resumed else
+                                  f"seed: {seed}")
+                    self.experiment.train(model, trial)
+                self.state = None
+        self.writer.wait()
+        if self.place.rank == 0:
+            print(f"log: {self.log.text.name}")
+
+    def seeds(self) -> list[int]:
+        """The seeds of --trials that no log holds to their end, as rank 0 sees it. A single trial is always run, and so
+        is that of a checkpoint."""
+        args = self.args
+        seeds = list(range(args.seed, args.seed + args.trials))
+        if args.trials > 1 and self.place.rank == 0:
+            log = f"logs/{Path(args.resume).stem}.txt" if args.resume else None
+            finished = finished_seeds(source_sha256(source_of_run(self.experiment.script, self.hp)), log)
+            for seed in seeds[bool(args.resume):]:
+                if seed in finished:
+                    print(f"seed {seed} is finished, in {finished[seed]}: it is not run again")
+                    seeds.remove(seed)
+        decided = [seeds]
+        dist.broadcast_object_list(decided)
+        return decided[0]
+
+    def open_log(self) -> RunLog:
+        """A new log with its head; to resume, the run's own, truncated to where its checkpoint was."""
+        if self.args.resume:
+            return RunLog(Path(self.args.resume).stem, self.state["lengths"])
+        block = facts(self.experiment, self.hp, self.place, self.shards | self.val_shards)
+        if self.args.fork_from:
+            block += (f"\npartial: forked from step {self.state['step']} of {self.args.fork_from}, "
+                      f"seed {self.state['seed']}")
+        log = RunLog(time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:8])
+        for part in (source_of_run(self.experiment.script, self.hp).rstrip("\n"), SEPARATOR, block, SEPARATOR):
+            log.line(part)
+        return log
+
+    def identity(self) -> dict:
+        """What a checkpoint holds of the run."""
+        return dict(hyperparameters=vars(self.hp), end=self.args.seed + self.args.trials, neurons=self.args.neurons,
+                    source_sha256=source_sha256(source_of_run(self.experiment.script, self.hp)),
+                    every=self.args.checkpoint_every, failed=self.failed)
+
+
+########################################
+#         From words to an end         #
+########################################
+
+def launch(experiment: Experiment, argv: list[str]):
+    """A command line, from its words to the exit code."""
+    args = parse(argv, experiment.description)
+    # torchrun sets these; without it there is one process
+    rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in
+                               (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    try:
+        start = recall(experiment, args)
+        if args.fineweb_shards:
+            print(fineweb_shards(start.hp))
+            return
+        if args.wandb and not importlib.util.find_spec("wandb"):
+            raise ValueError("--wandb needs the package: pip install wandb")
+        shards = checked(start.hp, local_rank, world)
+        if args.dry_run:
+            print(summary(experiment, start.hp, world))
+            return
+        if world > 1 and "MASTER_ADDR" not in os.environ:
+            raise ValueError(f"WORLD_SIZE={world} but no MASTER_ADDR: start the processes with torchrun")
+    except (OSError, ValueError) as error:
+        complain(error)
+    place = join(rank, local_rank, world, start.hp.head_dim)
+    finish(Run(experiment, start, place, *shards))
+
+
+def checked(hp, local_rank: int, world: int) -> tuple[dict[str, int], dict[str, int]]:
+    """The shards to train on and to validate on. ValueError where these processes cannot share them, or they are not as
+    they should be."""
+    check_place(hp, local_rank, world)
+    return (find_shards(hp.train_files, hp.batch_tokens, hp.train_steps, hp.vocab_size),
+            find_shards(hp.val_files, hp.val_tokens, 1, hp.vocab_size))
+
+
+def finish(run: Run):
+    """Train, leave together, and end with code 1 where something failed."""
+    rank = run.place.rank
+    try:
+        run.train()
+    except torch.OutOfMemoryError:
+        sys.exit(out_of_memory(run.hp, rank, run.place.world))
+    except OSError as error:  # a log that cannot be written
+        sys.exit(f"train_gpt.py: rank {rank}: {error}")
+    except RuntimeError:
+        time.sleep(3)  # it may be the echo of another rank's end: torchrun blames the one that ends first
+        raise
+    dist.barrier()  # a process that is gone while another still talks to it aborts that one
+    dist.destroy_process_group()
+    if run.failed:
+        sys.exit(1)
+
+
+def out_of_memory(hp, rank: int, world: int) -> str:
+    """micro_batch is not lowered automatically: that would change rounding, and the value that the log's source
+    states."""
+    size = micro_batch_size(hp.batch_tokens // hp.sequence_length // world, hp.micro_batch)
+    remedy = f"try micro_batch={size // 2}" if size > 1 else "no smaller one is left: take more GPUs or a smaller model"
+    return f"train_gpt.py: rank {rank}: the GPU has not enough memory for micro_batch={size}; {remedy}"
