@@ -263,8 +263,8 @@ class Replayed:
 
 
 class Bank:
-    """The parameters that one update rule moves, back to back in one tensor. A slot is one matrix (all of one shape) or,
-    with slot=(), one number.
+    """The parameters that one update rule moves, back to back in one tensor. A slot is one matrix, all of one shape,
+    or, with slot=(), one number.
 
     Each rank has all weights, in bf16, and its own gradients of them, summed in fp32 over micro-batches. It owns an
     equal run of the slots: their sum over ranks, masters in `dtype`, and the rule's state are there alone. So the
@@ -288,9 +288,9 @@ class Bank:
             p.data = weight
         self.masters = torch.zeros_like(self.weights[self.shares.mine], dtype=dtype)
         self.state = rule.state(self.masters)
-        self.knobs = {name: torch.zeros((), device=device) for name in ("lr", "t", *rule.at(0))}  # a CUDA graph reads them
-        captured = device.type == "cuda" and rule.captured
-        self.run = Replayed(pool) if captured else lambda update: update()
+        # tensors, which a CUDA graph reads anew at each replay
+        self.knobs = {name: torch.zeros((), device=device) for name in ("lr", "t", *rule.at(0))}
+        self.run = Replayed(pool) if device.type == "cuda" and rule.captured else lambda update: update()
         self.buffers = {}
 
     def views(self, slots: Tensor) -> list[Tensor]:
@@ -325,8 +325,8 @@ class Bank:
         self.weights[self.shares.mine] = self.masters
 
     def gather_state(self) -> dict[str, Tensor]:
-        """Collective. On rank 0 returns masters and state of all ranks, (slots, ...), in host buffers that the next call
-        writes to; {} elsewhere."""
+        """Collective. On rank 0 returns masters and state of all ranks, (slots, ...), in host buffers that are valid
+        until the next call; {} elsewhere."""
         whole = {}
         for name, x in dict(masters=self.masters, **self.state).items():
             if self.shares.rank:
@@ -392,7 +392,6 @@ def make_banks(model: GPT, hp: Hyperparameters, place: Place) -> list[Bank]:
 
     def bank(params, slot, update: str, rate: float, dtype=torch.float32) -> Bank:
         return Bank(params, slot, Rule.of(update), lambda step: rate * learning_rate_factor(step, hp), dtype, pool)
-
     banks = [bank(params, slot, hp.matrix_update, hp.matrix_lr)
              for slot, params in sorted(matrices.items(), key=lambda x: -math.prod(x[0]))]
     banks += [bank({"head.weight": model.head.weight}, (), hp.adam_update, hp.head_lr),

@@ -1,4 +1,4 @@
-"""Where a residual branch y = x + f(h) + b leaves the stream x: h is its input, b the bias of f's last product.
+"""Pre-norm of a residual branch y = x + f(h) + b, with the bias b of the branch's last product.
 
     (x + b, h),    h = n w,    n = x r,    r = 1 / rms(x)
 
@@ -6,8 +6,8 @@ Backwards the two meet again. Of the gradients g and dh:
 
     dx = g + r (u - n mean(n u)),    u = dh w,    dw = sum of dh n,    db = sum of g
 
-The sums are over the tokens. g is y's gradient too. Where the product is, only products read it, and to sum it would
-take a pass of its own; here it is at hand.
+The sums are over the tokens. This kernel reads g anyway; where f's last product is, the bias gradient db would cost a pass
+over memory of its own.
 """
 
 import torch

@@ -6,8 +6,8 @@ R_t is the rotary embedding (arXiv 2104.09864): it turns the pairs (z_i, z_{i + 
 gradient g of its result turns back, h = R_-t g, and passes the norm: dz = r (h - n mean(n h)), n = z / rms(z), r = 1 /
 rms(z). db sums dq, dk and dv over the tokens.
 
-The result takes z's place in memory, and n turns back from it: nothing is kept of z but r, a number a head and token.
-torch.compile would keep z beside it, and go through h in fp32, in three passes (bench/graph.py shows such); it is one.
+The forward pass overwrites z with its result. The backward pass recovers n by rotating back, so only r, one number per
+head and token, is saved. torch.compile would save z too, and compute h in three fp32 passes (bench/graph.py shows such).
 """
 
 import torch

@@ -221,7 +221,8 @@ def test_killed_at_any_moment(tmp_path):
     assert re.fullmatch(r"\(5, [1-5]\)\n", run.stdout), run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("words", [["--resume", "logs/a.checkpoint"], ["--fork-from", "logs/a.checkpoint", "nesterov.mu=0.9"]])
+@pytest.mark.parametrize("words", [["--resume", "logs/a.checkpoint"],
+                                   ["--fork-from", "logs/a.checkpoint", "nesterov.mu=0.9"]])
 def test_run_sh_leaves_a_checkpoint_its_recipe(words, tmp_path):
     """Kills: @tiny before --resume, which takes no values, or over those of the run that a fork leaves."""
     (tmp_path / "run.sh").write_text((ROOT / "run.sh").read_text())

@@ -67,7 +67,8 @@ NUMBERS = {int: st.one_of(st.integers(-1, 9), st.integers(1, 400).map(lambda dig
            float: st.one_of(st.floats(), st.sampled_from([1e308, 1e-320, 0, -0.0])), str: st.text(max_size=5)}
 typed = st.sampled_from(list(FIELDS)).flatmap(lambda name: NUMBERS[FIELDS[name]].map(lambda value: f"{name}={value}"))
 odd = ["@\n", "head_lr\n=1", "head_lr=1\n2", "matrix_update=\n", "head_lr=\ud800", "@" + "a" * 300, "@", "=",
-       "head_lr=" + "9" * 5000, "matrix_update=\ud800", "floor.target=\n", "floor.=1", ".=", "floor.target=" + "9" * 999]
+       "head_lr=" + "9" * 5000, "matrix_update=\ud800", "floor.target=\n", "floor.=1", ".=",
+       "floor.target=" + "9" * 999]
 words = st.one_of(typed, typed, st.sampled_from(odd), st.text(max_size=8), st.text(max_size=8).map("@".__add__))
 
 

@@ -8,8 +8,8 @@ from conftest import ROOT, start
 import train_gpt
 from train_gpt import Hyperparameters, override
 
-# train_steps, the reported step, rule and rate of the matrices, rule of all others, rates of embedding, head and vectors,
-# warm-up steps. 1 warm-up step is none.
+# train_steps, the reported step, rule and rate of the matrices, rule of all others, rates of embedding, head and
+# vectors, warm-up steps. 1 warm-up step is none.
 ADAMW = "adamw(0.8, 0.95, 1e-10, 0)"
 PUBLISHED = {
     "adamw": (5625, 5625, "adamw(0.9, 0.95, 1e-10, 0.1)", .0015, ADAMW, .3, 1 / 320, .01, 250),

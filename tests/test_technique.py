@@ -1,4 +1,4 @@
-"""The README's worked technique: a stage that aurora.py lacks, added as a reader would add it, in a copy of the project."""
+"""The README's worked technique: a stage that aurora.py lacks, added as a reader would, in a copy of the project."""
 
 import re
 import shutil
@@ -16,7 +16,7 @@ RULE = re.search(r'matrix_update="(.*smooth.*)"', EXAMPLE)[1].replace("300", "6"
 def project(tmp_path_factory):
     """The program, with one more function at the end of aurora.py, and a recipe of one line."""
     folder = tmp_path_factory.mktemp("project")
-    for path in (*ROOT.glob("*.py"), *(folder for folder in (ROOT / "kernels", ROOT / "harness") if folder.exists())):
+    for path in (*ROOT.glob("*.py"), ROOT / "kernels", ROOT / "harness"):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
     with open(folder / "aurora.py", "a") as file:
         file.write(f"\n\n{FUNCTION}")
