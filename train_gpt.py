@@ -194,7 +194,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x -> x + b + f(norm(x)), f attention and then the MLP, b the bias of its last product (see kernels/norm.py)."""
+    """x + f(norm(x)) for f = attention, then the MLP. prenorm adds the bias of f's last product (kernels/norm.py)."""
 
     def __init__(self, hp: Hyperparameters):
         super().__init__()
