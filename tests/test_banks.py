@@ -296,7 +296,10 @@ def test_an_update_can_be_in_a_cuda_graph(rule, monkeypatch):
     monkeypatch.setattr(torch, "_fused_adamw_", fused_adamw)  # it has no fake
     monkeypatch.setattr(aurora, "compiled_rule", lambda text: partial(advance_, Rule.of(text)))
     with FakeTensorMode(), Unguarded():
-        banks = make_banks(GPT(hp).to_empty(device=place.device), hp, place)
+        model = GPT(hp)
+        for p in model.parameters():
+            p.data = torch.empty_like(p, device=place.device)
+        banks = make_banks(model, hp, place)
         for step in range(2):
             for bank in banks:
                 bank.reduce()
