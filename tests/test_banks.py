@@ -297,8 +297,9 @@ def test_an_update_can_be_in_a_cuda_graph(rule, monkeypatch):
     monkeypatch.setattr(aurora, "compiled_rule", lambda text: partial(advance_, Rule.of(text)))
     with FakeTensorMode(), Unguarded():
         model = GPT(hp)
-        for p in model.parameters():
-            p.data = torch.empty_like(p, device=place.device)
+        for module in model.modules():
+            for name, p in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(torch.empty_like(p, device=place.device)))
         banks = make_banks(model, hp, place)
         for step in range(2):
             for bank in banks:
