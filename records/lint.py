@@ -21,7 +21,7 @@ NUMBERS = {
     "val_tokens": ("validation tokens", "val_tokens"),
     "sequence_length": ("sequence length", "distributed_data_generator(seq_len)"),
 }
-SHARDS = "harness/shards.py"
+READING = "open_shard", "batches_in", "read_batches"  # the functions of our programs that make batches of shards
 PACKAGES = {"torch", "numpy", "tqdm", "triton", "wandb"}  # that bring no optimizer of their own, but torch's
 TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
@@ -32,8 +32,8 @@ def lint(path: str, against: str | None) -> dict:
     source = program(path)
     tree = parse(source)
     base = against or (str(TRAINER) if hyperparameters(tree) else None)
-    checks = [*(check_section(title, source, base) for title in ("data", "model")), *check_shards(source, against),
-              *check_numbers(source),
+    checks = [check_reading(path, base) if hyperparameters(tree) else check_section("data", source, base),
+              check_section("model", source, base), *check_numbers(source),
               check_backward(tree), check_imports(tree), check_environment(tree)]
     return {"verdict": all(outcome == "unchanged" for _, outcome, _ in checks), "log": path,
             "checks": [dict(zip(("what", "outcome", "why"), check)) for check in checks]}
@@ -48,15 +48,18 @@ def check_section(title: str, source: bytes, base: str | None) -> tuple[str, str
     return title, "unchanged" if found in known else "changed", f"its section, against that of {name}"
 
 
-def check_shards(source: bytes, against: str | None) -> list[tuple[str, str, str]]:
-    """The file of our programs that opens shards and counts their batches, where it is a section of its own."""
-    found = section_print(SHARDS, source)
-    if found is None:
-        return []
-    file = program(against) if against else (TRAINER.parent / SHARDS).read_bytes()
-    known = section_print(SHARDS, file) if against else fingerprint(parse(file).body)[:8]
-    return [("how shards are read", "unchanged" if found == known else "changed",
-             f"{SHARDS}, against that of {Path(against).name if against else 'this project'}")]
+def check_reading(path: str, base: str) -> tuple[str, str, str]:
+    """Of our programs, whose older logs hold these functions in one file, newer ones in two."""
+    same = reading(path) == reading(base)
+    return "data", "unchanged" if same else "changed", f"{', '.join(READING)}, against those of {Path(base).name}"
+
+
+def reading(path: str) -> dict[str, str]:
+    """{name: fingerprint} of those functions, in a log's program or, of a checkout, in train_gpt.py and harness/."""
+    beside = Path(path).parent / "harness" / "shards.py"
+    sources = [beside.read_bytes()] if beside.is_file() else []
+    return {node.name: fingerprint([node]) for source in (*sources, program(path)) for node in parse(source).body
+            if isinstance(node, ast.FunctionDef) and node.name in READING}
 
 
 def section_print(title: str, source: bytes) -> str | None:
