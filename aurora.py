@@ -277,6 +277,10 @@ class BelowOne(float):
     """The type of a knob in [0, 1), such as the weight of the past in a running mean."""
 
 
+class UpToOne(float):
+    """The type of a number in (0, 1], such as a part of a run."""
+
+
 class Stage(NamedTuple):
     """A pure function, and what a rule must know of it."""
     name: str
@@ -526,7 +530,7 @@ def pin(W: Tensor, W0: Tensor, U: Tensor, lr) -> Tensor:
 @stage(makes=("W",))
 def cautious_decay(W: Tensor, W0: Tensor, U: Tensor, lr, rate: float) -> Tensor:
     """(1 - lr rate) W in the places where U W0 > 0, that is where the step shrinks the weight; W in all others."""
-    return W * (1 - lr * rate * (U * W0 > 0))
+    return W * (1 - lr * rate * (U * W0 > 0).to(W.dtype))
 
 
 @stage(makes=("W",))
@@ -742,16 +746,21 @@ def bind(where: str, name: str, arguments: list, names: list[str], required: lis
 def schedule_or_number(where: str, node: ast.expr, kind: type, stage: Stage) -> float | Callable[[int], float]:
     if not isinstance(node, ast.Call):
         return number(where, node, kind)
-    name, arguments = read_call(node, SCHEDULES, "schedule")
     if kind is int or stage.alone:
-        raise ValueError(f"{where} is a constant of the program: it takes a number, not {name}(...)")
-    parameters = list(inspect.signature(SCHEDULES[name]).parameters.values())[1:]
+        raise ValueError(f"{where} is a constant of the program: it takes a number, not {ast.unparse(node)}")
+    return read_schedule(where, node, SCHEDULES, kind)
+
+
+def read_schedule(where: str, node: ast.expr, schedules: dict[str, Callable], kind: type = float, given: int = 1):
+    """One of some functions with its arguments after the first `given`, which it takes when it is called."""
+    name, arguments = read_call(node, schedules, "schedule")
+    parameters = list(inspect.signature(schedules[name]).parameters.values())[given:]
     types = {p.name: kind if p.annotation is p.empty else p.annotation for p in parameters}
-    given = bind(where, name, arguments, list(types), list(types))
-    values = {x: number(f"{where}: {x}", value, types[x], least=0) for x, value in given.items()}
+    values = {x: number(f"{where}: {x}", value, types[x], least=0)
+              for x, value in bind(where, name, arguments, list(types), list(types)).items()}
     if not values.get("start", 0) < values.get("stop", 1):
         raise ValueError(f"{where}: start={values['start']} is not before stop={values['stop']}")
-    return partial(SCHEDULES[name], **values)
+    return partial(schedules[name], **values)
 
 
 def number(where: str, node: ast.expr, kind: type, least: int = 1) -> float:
@@ -764,6 +773,8 @@ def number(where: str, node: ast.expr, kind: type, least: int = 1) -> float:
         right, words = type(value) is int and least <= value < 2**31, f"a whole number, at least {least}"
     elif kind is BelowOne:
         right, words = type(value) in (int, float) and 0 <= value < 1, "a number at least 0 and below 1"
+    elif kind is UpToOne:
+        right, words = type(value) in (int, float) and 0 < value <= 1, "a number above 0 and at most 1"
     else:
         right, words = type(value) in (int, float) and 0 <= value < 1e30, "a number, finite and not negative"
     if not right:

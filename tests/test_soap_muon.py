@@ -7,8 +7,8 @@ import torch
 import aurora
 from aurora import Rule, brake, cautious_decay, hyperball, next_bases, pin, row_floor, schatten4
 
-TEXT = ("nesterov(ramp(0.85, 0.95, 0, 6)) | soap(0.9) | schatten4_polar | aspect | brake(0.5) | row_floor(0.3825) | step | "
-        "pin | cautious_decay(0.5)")
+TEXT = ("nesterov(ramp(0.85, 0.95, 0, 6)) | soap(0.9) | schatten4_polar | aspect | brake(0.5) | row_floor(0.3825) | "
+        "step | pin | cautious_decay(0.5)")
 STEPS, LR = 10, 0.05
 SHAPES = [(6, 4), (4, 6), (5, 5)]
 
@@ -30,17 +30,30 @@ def newton_schulz(X):
     return u * s @ vt
 
 
+def covariance(size: int, seed: int) -> torch.Tensor:
+    """What a run has after some steps: of full rank, so that rounding does not choose the bases."""
+    A = draw(size, 2 * size, seed=seed)
+    return A @ A.mT / size
+
+
+def refreshed(L, R, Q, P, v, G):
+    L, R = 0.9 * L + 0.1 * G @ G.T, 0.9 * R + 0.1 * G.T @ G
+    rows, columns = (np.argsort(-np.diag(B.T @ C @ B), kind="stable") for B, C in ((Q, L), (P, R)))
+    Q, P = (np.linalg.qr((C @ B)[:, order])[0] for B, C, order in ((Q, L, rows), (P, R, columns)))
+    return L, R, Q, P, v[rows][:, columns]
+
+
 def twin(W, gradients, mistake=None):
     """Result #46's step, one matrix, in the order of its program; or with one mistake."""
     m, n = W.shape
-    M, v, L, R = np.zeros((m, n)), np.zeros((m, n)), np.zeros((m, m)), np.zeros((n, n))
-    Q, P = np.eye(m), np.eye(n)
+    M, v, L, R = np.zeros((m, n)), np.zeros((m, n)), covariance(m, 1).numpy(), covariance(n, 2).numpy()
+    Q, P = np.linalg.qr(L)[0], np.linalg.qr(R)[0]
     for t, G in enumerate(gradients):
         mu = 0.85 + 0.1 * min(t / 6, 1)
         M = mu * M + (1 - mu) * G
         N = mu * M + (1 - mu) * G
         if mistake == "statistics before use":
-            L, R = 0.9 * L + 0.1 * G @ G.T, 0.9 * R + 0.1 * G.T @ G
+            L, R, Q, P, v = refreshed(L, R, Q, P, v, G)
         whose = G if mistake == "second moment of the gradient" else N
         v = 0.9 * v + 0.1 * (Q.T @ whose @ P) ** 2
         X = Q @ (Q.T @ N @ P / np.sqrt(np.maximum(v, 1e-16))) @ P.T
@@ -67,11 +80,8 @@ def twin(W, gradients, mistake=None):
             moved = moved * (1 - LR * 0.5 * mask)
         W = moved
         if mistake != "statistics before use":
-            L, R = 0.9 * L + 0.1 * G @ G.T, 0.9 * R + 0.1 * G.T @ G
-        rows, columns = (np.argsort(-np.diag(B.T @ C @ B), kind="stable") for B, C in ((Q, L), (P, R)))
-        Q, P = (np.linalg.qr((C @ B)[:, order])[0] for B, C, order in ((Q, L, rows), (P, R, columns)))
-        if mistake != "second moment not reordered":
-            v = v[rows][:, columns]
+            L, R, Q, P, new = refreshed(L, R, Q, P, v, G)
+            v = v if mistake == "second moment not reordered" else new
     return W
 
 
@@ -89,6 +99,9 @@ def run(shape, seed=0) -> tuple[np.ndarray, list]:
     gradients = [draw(*shape, seed=100 + i) * scale * (i > 0) for i in range(STEPS)]
     rule, W = Rule.of(TEXT), draw(*shape, seed=seed)[None]
     state = rule.state(W)
+    for name, size, seed in (("row", shape[0], 1), ("column", shape[1], 2)):
+        state[f"soap.{name}_covariance"].copy_(covariance(size, seed))
+        state[f"soap.{name}_basis"].copy_(torch.linalg.qr(covariance(size, seed)).Q)
     for step, G in enumerate(gradients):
         rule.advance_(W, G[None], state, dict(lr=LR, t=step + 1) | rule.at(step))
         rule.after_(state)
