@@ -6,7 +6,8 @@ An update rule is one line of text. This is result #17's:
 
 A stage is a pure function of what flows from stage to stage, by the names in its signature:
 
-    G gradient    W weight    U update so far (G at first)    N what U was made of    lr    t number of this step, from 1
+    G gradient    W weight    W0 weight before the step    U update so far (G at first)    N what U was made of
+    lr rate       t number of this step, from 1
 
 It makes U, unless its decorator says otherwise, and returns that and then the state that the decorator declares. What
 is left of its signature are its knobs: numbers, or schedules of the step such as ramp(0.85, 0.95, 0, 300).
@@ -18,14 +19,21 @@ is left of its signature are its knobs: numbers, or schedules of the step such a
     aurora_wide(iterations, beta)   the same for wide matrices only, Schatten-4 norm: result #30
     riemannian_aurora(steps, step_size)  nearly the update of even rows that the gradient favours most
     polar, jordan_polar             U <- polar(U): Muon; by the record's table, by github.com/KellerJordan/Muon's
+    schatten4_polar                 the record's table, of an input of Schatten-4 norm 1: results #30 to #46
+    soap(beta2, beta)               U = N <- U over a running root mean square in the eigenbases of the gradients: #44
     contra(strength)                U <- U - strength/2 N/||N||_2, of the same length
     normuon(beta2)                  U <- its rows over a running mean of their squares, of the same length
     normuon_lite(beta2)             the same along the longer side: results #9 to #11
     u_normuon                       U <- every row of one length
     aspect                          U <- sqrt(max(1, m / n)) U
     floor(target)                   U <- U, at least target ||W||_F long
+    row_floor(target)               the same row by row: result #46
+    brake(outward)                  U <- U, its part that lengthens W scaled by outward: result #29
     decay(rate)                     W <- (1 - lr rate) W
     step                            W <- W - lr U
+    pin                             W <- W of the length that U's part along W0 makes, to first order: result #29
+    cautious_decay(rate)            W <- (1 - lr rate) W where the step shrinks it: result #46
+    hyperball                       in place of step: W keeps its length, lr is the step's: result #5
     adamw(beta1, beta2, eps, decay) a rule by itself, of any shape: torch's fused kernel
 
 Functions take single matrices (M, N) or stacks (K, M, N) in torch's layout (out_features, in_features). None changes
@@ -262,11 +270,15 @@ def balanced_tangent(U: Tensor, G: Tensor) -> Tensor:
 #                Stages                #
 ########################################
 
-FLOW = ("G", "W", "U", "N", "lr", "t")
+FLOW = ("G", "W", "W0", "U", "N", "lr", "t")
 
 
 class BelowOne(float):
     """The type of a knob in [0, 1), such as the weight of the past in a running mean."""
+
+
+class UpToOne(float):
+    """The type of a number in (0, 1], such as a part of a run."""
 
 
 class Stage(NamedTuple):
@@ -329,6 +341,12 @@ def polar_stage(U: Tensor) -> Tensor:
 def jordan_polar_stage(U: Tensor) -> Tensor:
     """The polar factor by the quintic of Muon's own code, in bf16."""
     return jordan_polar(U).to(U.dtype)
+
+
+@stage("schatten4_polar")
+def schatten4_polar_stage(U: Tensor) -> Tensor:
+    """The polar factor, its input scaled to a Schatten-4 norm of 1, which brings small singular values nearer to 1."""
+    return schatten4_polar(U).to(U.dtype)
 
 
 @stage()
@@ -423,6 +441,53 @@ def u_normuon(U: Tensor) -> Tensor:
     return min(1, n / m) ** 0.5 * U / row_norms(U).clamp(min=1e-10)
 
 
+def row_pairs(W: Tensor) -> tuple:
+    return (*W.shape[:-1], W.size(-2))
+
+
+def column_pairs(W: Tensor) -> tuple:
+    return (*W.shape[:-2], W.size(-1), W.size(-1))
+
+
+def started(Q: Tensor) -> Tensor:
+    """A basis, or the identity where there is none yet: the state begins at zero."""
+    none = frobenius(Q[..., :1]) == 0
+    return torch.where(none, torch.eye(Q.size(-1), dtype=Q.dtype, device=Q.device), Q)
+
+
+def next_bases(row_covariance, row_basis, column_covariance, column_basis, second_moment) -> dict[str, Tensor]:
+    """One step of orthogonal iteration, Q <- the Q of QR(C Q), its columns ordered by falling (Q^T C Q)_jj before; the
+    second moment, whose places are pairs of them, is reordered alike. The QR of 0 is the identity."""
+    orders, bases = [], []
+    for C, Q in ((row_covariance, started(row_basis)), (column_covariance, started(column_basis))):
+        image = C @ Q
+        order = (Q * image).sum(dim=-2).argsort(dim=-1, descending=True, stable=True)
+        bases.append(torch.linalg.qr(image.take_along_dim(order.unsqueeze(-2), dim=-1)).Q)
+        orders.append(order)
+    second_moment = second_moment.take_along_dim(orders[0].unsqueeze(-1), dim=-2)
+    return dict(row_basis=bases[0], column_basis=bases[1],
+                second_moment=second_moment.take_along_dim(orders[1].unsqueeze(-2), dim=-1))
+
+
+@stage(makes=("U", "N"), after=next_bases, row_covariance=row_pairs, row_basis=row_pairs,
+       column_covariance=column_pairs, column_basis=column_pairs, second_moment=whole)
+def soap(U: Tensor, G: Tensor, row_covariance: Tensor, row_basis: Tensor, column_covariance: Tensor,
+         column_basis: Tensor, second_moment: Tensor, beta2: BelowOne = 0.9, beta: BelowOne = 0.9):
+    """SOAP (arXiv 2409.11321) as results #44 to #46 of track 3 have it, before a polar factor.
+
+    In the bases L, R of the last step, Y = L^T U R,  v <- beta2 v + (1 - beta2) Y^2,  P = L (Y / sqrt(v)) R^T, which gets
+    U's Schatten-4 norm. Then the covariances take in the gradient, C <- beta C + (1 - beta) G G^T, of columns G^T G.
+    The second moment is of the momentum, not of the gradient, and nothing is corrected for its start at zero.
+    """
+    L, R = started(row_basis), started(column_basis)
+    Y = L.mT @ U @ R
+    second_moment = beta2 * second_moment + (1 - beta2) * Y.square()
+    P = L @ (Y / second_moment.clamp(min=1e-16).sqrt()) @ R.mT
+    P = P * schatten4(U).clamp(min=1e-8) / schatten4(P).clamp(min=1e-8)
+    return (P, P, beta * row_covariance + (1 - beta) * G @ G.mT, row_basis,
+            beta * column_covariance + (1 - beta) * G.mT @ G, column_basis, second_moment)
+
+
 @stage()
 def aspect(U: Tensor) -> Tensor:
     """sqrt(max(1, m / n)) U: Muon's factor for a tall matrix, whose polar factor has smaller entries."""
@@ -439,6 +504,41 @@ def decay(W: Tensor, lr, rate: float) -> Tensor:
 def step(W: Tensor, U: Tensor, lr) -> Tensor:
     """W - lr U."""
     return W - lr * U
+
+
+@stage()
+def row_floor(U: Tensor, W: Tensor, target: float = 0.3825) -> Tensor:
+    """update_weight_floor row by row: each row is at least target times as long as its row of W."""
+    return U * (target * row_norms(W).clamp(min=1e-8) / row_norms(U).clamp(min=1e-8)).clamp(min=1)
+
+
+@stage()
+def brake(U: Tensor, W: Tensor, outward: float = 0.5) -> Tensor:
+    """U - (1 - outward) min(c, 0) W,  c = <U, W> / ||W||_F^2: W moves by -lr U, so that c < 0 lengthens it."""
+    along = (U * W).sum(dim=(-2, -1), keepdim=True) / frobenius(W).square().clamp(min=1e-12)
+    return U - (1 - outward) * along.clamp(max=0) * W
+
+
+@stage(makes=("W",))
+def pin(W: Tensor, W0: Tensor, U: Tensor, lr) -> Tensor:
+    """W of length r - lr <U, W0> / r,  r = ||W0||_F: the part of the step across W0 does not lengthen W."""
+    before = frobenius(W0).clamp(min=1e-8)
+    after = (before - lr * (U * W0).sum(dim=(-2, -1), keepdim=True) / before).clamp(min=1e-8)
+    return W * after / frobenius(W).clamp(min=1e-8)
+
+
+@stage(makes=("W",))
+def cautious_decay(W: Tensor, W0: Tensor, U: Tensor, lr, rate: float) -> Tensor:
+    """(1 - lr rate) W in the places where U W0 > 0, that is where the step shrinks the weight; W in all others."""
+    return W * (1 - lr * rate * (U * W0 > 0).to(W.dtype))
+
+
+@stage(makes=("W",))
+def hyperball(W: Tensor, U: Tensor, lr) -> Tensor:
+    """W - lr r U / ||U||_F, brought back to the length r = ||W||_F: MuonH, github.com/KellerJordan/modded-nanogpt, #5."""
+    length = frobenius(W)
+    moved = W - lr * length * U / frobenius(U).clamp(min=1e-10)
+    return moved * length / frobenius(moved).clamp(min=1e-10)
 
 
 @stage(makes=("W",), alone=True, exp_avg=whole, exp_avg_sq=whole)
@@ -487,8 +587,11 @@ class Rule(NamedTuple):
                 raise ValueError(f"{stage.name} is a rule by itself: no other stage can stand beside it")
             if missing := set(stage.takes) - made:
                 raise ValueError(f"{stage.name} needs {missing.pop()}, which no stage before it makes: nesterov does")
-            if "step" in names[:i] and "W" not in stage.makes:
-                raise ValueError(f"{stage.name} stands after step, where its update is of no use: put it before step")
+            moved = [other.name for other, _ in parts[:i] if "W" in other.makes and "U" in other.takes]
+            if moved and "W" not in stage.makes:
+                raise ValueError(f"{stage.name} stands after {moved[0]}, where its update is of no use: put it before")
+            if "W0" in stage.takes and not moved:
+                raise ValueError(f"{stage.name} looks back at the step: put it after step")
             made |= set(stage.makes)
         if not any("W" in stage.makes and ("U" in stage.takes or stage.alone) for stage, _ in parts):
             raise ValueError(f"{text!r} does not move the weight: end it with | step")
@@ -539,7 +642,7 @@ class Rule(NamedTuple):
 def advance_(rule: Rule, W: Tensor, G: Tensor, state: dict[str, Tensor], knobs: dict):
     """A step of a stack by a rule, stage by stage. W and the state are overwritten."""
     dtype = at_least_fp32(W)
-    flow = dict(G=G.to(dtype), U=G.to(dtype), W=W.to(dtype), lr=knobs["lr"], t=knobs["t"])
+    flow = dict(G=G.to(dtype), U=G.to(dtype), W=W.to(dtype), W0=W.to(dtype), lr=knobs["lr"], t=knobs["t"])
     for stage, numbers in rule.parts:
         kept = [f"{stage.name}.{name}" for name in stage.state]
         inputs = {name: flow[name] for name in stage.takes} | dict(zip(stage.state, [state[name] for name in kept]))
@@ -643,16 +746,21 @@ def bind(where: str, name: str, arguments: list, names: list[str], required: lis
 def schedule_or_number(where: str, node: ast.expr, kind: type, stage: Stage) -> float | Callable[[int], float]:
     if not isinstance(node, ast.Call):
         return number(where, node, kind)
-    name, arguments = read_call(node, SCHEDULES, "schedule")
     if kind is int or stage.alone:
-        raise ValueError(f"{where} is a constant of the program: it takes a number, not {name}(...)")
-    parameters = list(inspect.signature(SCHEDULES[name]).parameters.values())[1:]
+        raise ValueError(f"{where} is a constant of the program: it takes a number, not {ast.unparse(node)}")
+    return read_schedule(where, node, SCHEDULES, kind)
+
+
+def read_schedule(where: str, node: ast.expr, schedules: dict[str, Callable], kind: type = float, given: int = 1):
+    """One of some functions with its arguments after the first `given`, which it takes when it is called."""
+    name, arguments = read_call(node, schedules, "schedule")
+    parameters = list(inspect.signature(schedules[name]).parameters.values())[given:]
     types = {p.name: kind if p.annotation is p.empty else p.annotation for p in parameters}
-    given = bind(where, name, arguments, list(types), list(types))
-    values = {x: number(f"{where}: {x}", value, types[x], least=0) for x, value in given.items()}
+    values = {x: number(f"{where}: {x}", value, types[x], least=0)
+              for x, value in bind(where, name, arguments, list(types), list(types)).items()}
     if not values.get("start", 0) < values.get("stop", 1):
         raise ValueError(f"{where}: start={values['start']} is not before stop={values['stop']}")
-    return partial(SCHEDULES[name], **values)
+    return partial(schedules[name], **values)
 
 
 def number(where: str, node: ast.expr, kind: type, least: int = 1) -> float:
@@ -665,6 +773,8 @@ def number(where: str, node: ast.expr, kind: type, least: int = 1) -> float:
         right, words = type(value) is int and least <= value < 2**31, f"a whole number, at least {least}"
     elif kind is BelowOne:
         right, words = type(value) in (int, float) and 0 <= value < 1, "a number at least 0 and below 1"
+    elif kind is UpToOne:
+        right, words = type(value) in (int, float) and 0 < value <= 1, "a number above 0 and at most 1"
     else:
         right, words = type(value) in (int, float) and 0 <= value < 1e30, "a number, finite and not negative"
     if not right:

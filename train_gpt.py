@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aurora import Rule, Shares
+from aurora import Rule, Shares, UpToOne, parse_expression, read_schedule
 from harness.arguments import Experiment, overridden
 from harness.ranks import Place, micro_batch_size
 from harness.run import launch
@@ -64,10 +65,13 @@ class Hyperparameters:
     embed_lr: float = 0.3
     head_lr: float = 1 / 320
     vector_lr: float = 0.01  # biases and gains
-    # schedule: constant, then linear to 0
+    # schedules of the rates, of SCHEDULES_OF_RATES below
+    matrix_schedule: str = "linear(0.7)"
+    adam_schedule: str = "linear(0.7)"
     warmup_steps: int = 1  # the first step has 1 / warmup_steps of the rate: 1 is no warm-up
     train_steps: int = 3200  # the published step is 3175: the learning rate has not reached 0 there
-    cooldown_frac: float = 0.7
+    # initial weights, of INITIALISATIONS below
+    init: str = "zero_projections"
     # validation
     val_every: int = 125  # steps
     val_every_late: int = 25  # steps, from 0.9 of train_steps
@@ -85,11 +89,13 @@ class Hyperparameters:
                 raise ValueError(f"{part}={getattr(self, part)} does not divide {whole}={getattr(self, whole)}")
         if self.head_dim % 4:
             raise ValueError(f"head_dim={self.head_dim}: rotary embedding needs a multiple of 4")
-        if self.activation not in ("relu2", "swiglu"):
-            raise ValueError(f"activation={self.activation!r}: it is one of relu2, swiglu")
-        for name in ("matrix_update", "adam_update"):
+        for name, choices in (("activation", ("relu2", "swiglu")), ("init", INITIALISATIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: it is one of {', '.join(choices)}")
+        for name, read in (("matrix_schedule", schedule_of_rates), ("adam_schedule", schedule_of_rates),
+                           ("matrix_update", Rule.of), ("adam_update", Rule.of)):
             try:
-                rule = Rule.of(getattr(self, name))
+                rule = read(getattr(self, name))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         if not rule.alone:
@@ -98,8 +104,6 @@ class Hyperparameters:
             raise ValueError(f"mlp_expansion={self.mlp_expansion}: {self.model_dim} times that is too many neurons")
         if not self.mlp_dim:
             raise ValueError(f"mlp_expansion={self.mlp_expansion}: no neuron is left of {self.model_dim} times that")
-        if not 0 < self.cooldown_frac <= 1:
-            raise ValueError(f"cooldown_frac={self.cooldown_frac}: it is a fraction of train_steps, above 0")
 
     @property
     def mlp_dim(self) -> int:
@@ -358,19 +362,49 @@ class Bank:
 #      Initial weights and rates       #
 ########################################
 
-def initial_weights(model: GPT, seed: int) -> dict[str, Tensor]:
+def zero_projections(name: str, shape: tuple, fan_in: int, generator: torch.Generator) -> Tensor:
+    """Result #17's: N(0, .33 / fan_in); 0 for biases, the head, and what ends a residual branch."""
+    if name.endswith("bias") or name.endswith("proj.weight") or name == "head.weight":
+        return torch.zeros(shape)
+    return torch.randn(shape, generator=generator) * (0.33 / fan_in) ** 0.5
+
+
+def length(name: str) -> float:
+    """Of results #5, #8 and #37, whose matrices keep the length that they begin with: in that of the draw."""
+    ending = ".".join(name.split(".")[-3:])
+    return {"attn.proj.weight": 1.25, "mlp.proj.weight": 3.0, "mlp.fc.weight": 1.5}.get(ending, 1.0)
+
+
+def uniform_lengths(name: str, shape: tuple, fan_in: int, generator: torch.Generator) -> Tensor:
+    """Of #5 and #8: uniform in +- 1 / sqrt(fan_in), as torch draws weights and biases, times length; 0 for the head
+    and the biases of projections."""
+    if name.startswith("head") or name.endswith("proj.bias"):
+        return torch.zeros(shape)
+    return (2 * torch.rand(shape, generator=generator) - 1) * length(name) / fan_in**0.5
+
+
+def normal_lengths(name: str, shape: tuple, fan_in: int, generator: torch.Generator) -> Tensor:
+    """Of #37: N(0, .33 / fan_in), the head's too, times length; 0 for biases."""
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    return torch.randn(shape, generator=generator) * length(name) * (0.33 / fan_in) ** 0.5
+
+
+INITIALISATIONS = {function.__name__: function for function in (zero_projections, uniform_lengths, normal_lengths)}
+
+
+def initial_weights(model: GPT, seed: int, init: str = Hyperparameters.init) -> dict[str, Tensor]:
     """A value for every parameter. Drawn on the CPU in fp32: a seed means the same weights whatever the GPU."""
     generator = torch.Generator().manual_seed(seed)
     values = {}
     for name, p in model.named_parameters():
         if name.endswith("gains"):
             values[name] = torch.ones(p.shape)
-        elif name.endswith("bias") or name.endswith("proj.weight") or name == "head.weight":
-            values[name] = torch.zeros(p.shape)
         elif name == "embed.weight":
             values[name] = torch.randn(p.shape, generator=generator)
-        else:
-            values[name] = torch.randn(p.shape, generator=generator) * (0.33 / p.size(1)) ** 0.5
+        else:  # a bias that is drawn is of a layer that reads the stream
+            fan_in = p.size(1) if p.ndim == 2 else model.embed.embedding_dim
+            values[name] = INITIALISATIONS[init](name, p.shape, fan_in, generator)
     return values
 
 
@@ -390,24 +424,43 @@ def make_banks(model: GPT, hp: Hyperparameters, place: Place) -> list[Bank]:
     vectors = {name: p for name, p in model.named_parameters() if p.ndim == 1}
     pool = torch.cuda.graph_pool_handle() if place.device.type == "cuda" else None
 
-    def bank(params, slot, update: str, rate: float, dtype=torch.float32) -> Bank:
-        return Bank(params, slot, Rule.of(update), lambda step: rate * learning_rate_factor(step, hp), dtype, pool)
-    banks = [bank(params, slot, hp.matrix_update, hp.matrix_lr)
+    def bank(params, slot, rate: float, family: str = "adam", dtype=torch.float32) -> Bank:
+        rule = Rule.of(getattr(hp, f"{family}_update"))
+        return Bank(params, slot, rule, lambda step: rate * learning_rate_factor(step, hp, family), dtype, pool)
+    banks = [bank(params, slot, hp.matrix_lr, "matrix")
              for slot, params in sorted(matrices.items(), key=lambda x: -math.prod(x[0]))]
-    banks += [bank({"head.weight": model.head.weight}, (), hp.adam_update, hp.head_lr),
-              bank({"embed.weight": model.embed.weight}, (), hp.adam_update, hp.embed_lr, torch.bfloat16),
-              bank(vectors, (), hp.adam_update, hp.vector_lr)]
+    banks += [bank({"head.weight": model.head.weight}, (), hp.head_lr),
+              bank({"embed.weight": model.embed.weight}, (), hp.embed_lr, dtype=torch.bfloat16),
+              bank(vectors, (), hp.vector_lr)]
     names = [name for bank in banks for name in bank.params]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     return banks
 
 
-def learning_rate_factor(step: int, hp: Hyperparameters) -> float:
-    """1, then linear over the last cooldown_frac of the steps: the last step's is 1 / (cooldown_frac * train_steps).
-    The first warmup_steps are scaled by 1 / warmup_steps, 2 / warmup_steps, ... 1."""
-    progress = step / hp.train_steps
-    cooldown = 1.0 if progress < 1 - hp.cooldown_frac else (1 - progress) / hp.cooldown_frac
-    return min(1.0, (step + 1) / hp.warmup_steps) * cooldown
+def linear_rate(step: int, steps: int, fraction: UpToOne) -> float:
+    """1, then linear over the last `fraction` of the steps: the last step's is 1 / (fraction * steps)."""
+    progress = step / steps
+    return 1.0 if progress < 1 - fraction else (1 - progress) / fraction
+
+
+def power_rate(step: int, steps: int, last: float, exponent: float) -> float:
+    """1, and over the last `last` steps (steps left / last)^exponent: results #20 to #46."""
+    return min(1.0, max(0, steps - step) / max(last, 1e-9)) ** exponent
+
+
+RATES = {"linear": linear_rate, "power": power_rate}
+
+
+@cache
+def schedule_of_rates(text: str) -> Callable[[int, int], float]:
+    return read_schedule(text, parse_expression(text, "linear(0.7)"), RATES, given=2)
+
+
+def learning_rate_factor(step: int, hp: Hyperparameters, family: str = "matrix") -> float:
+    """After `step` steps, by matrix_schedule or adam_schedule. The first warmup_steps are scaled by 1 / warmup_steps,
+    2 / warmup_steps, ... 1."""
+    schedule = schedule_of_rates(getattr(hp, f"{family}_schedule"))
+    return min(1.0, (step + 1) / hp.warmup_steps) * schedule(step, hp.train_steps)
 
 
 def is_validation_step(step: int, hp: Hyperparameters) -> bool:
@@ -489,7 +542,7 @@ def train(model: GPT, trial: Trial):
     banks = make_banks(model, hp, trial.place)
     first = trial.begin(banks)
     if first == 0:
-        fill(banks, initial_weights(model, trial.seed))
+        fill(banks, initial_weights(model, trial.seed, hp.init))
     model.zero_grad()  # a trial that failed leaves gradients
     validation = next(read_batches(trial.val_shards, hp.val_tokens, hp.sequence_length, trial.place))
     batches = read_batches(trial.shards, hp.batch_tokens, hp.sequence_length, trial.place, first)

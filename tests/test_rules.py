@@ -234,8 +234,8 @@ def test_no_stage_changes_its_inputs(name):
     part = STAGES[name]
     for shape in SHAPES:
         for stack in ((), (2,)):
-            W, *others = (draw(*stack, *shape, seed=seed) for seed in range(4))
-            inputs = dict(W=W, lr=torch.tensor(0.02), t=torch.tensor(1.0), **dict(zip("GUN", others)))
+            W, *others = (draw(*stack, *shape, seed=seed) for seed in range(5))
+            inputs = dict(W=W, lr=torch.tensor(0.02), t=torch.tensor(1.0), **dict(zip(("G", "U", "N", "W0"), others)))
             inputs = {x: inputs[x] for x in part.takes}
             inputs |= {x: draw(*shape_of(W), seed=5).abs() for x, shape_of in part.state.items()}
             inputs |= {x: torch.tensor(0.1) for x, p in part.knobs.items() if p.default is p.empty}

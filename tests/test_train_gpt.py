@@ -56,7 +56,8 @@ def test_the_defaults_are_result_17():
         vocab_size=50304, num_layers=12, model_dim=768, head_dim=128, mlp_expansion=4.0, activation="relu2",
         matrix_update="nesterov(0.95) | aurora(2, 0.5) | contra(0.4) | aspect | floor(0.35) | step", matrix_lr=0.0375,
         adam_update="adamw(0.8, 0.95, 1e-10, 0)", embed_lr=0.3, head_lr=1 / 320, vector_lr=0.01,
-        warmup_steps=1, train_steps=3200, cooldown_frac=0.7,
+        matrix_schedule="linear(0.7)", adam_schedule="linear(0.7)", warmup_steps=1, train_steps=3200,
+        init="zero_projections",
         val_every=125, val_every_late=25, target_loss=3.28)
     with pytest.raises(FrozenInstanceError):
         Hyperparameters().matrix_lr = 0.9
@@ -125,6 +126,37 @@ def test_departures_from_the_rules(words, line, run_source):
     assert [fact for fact in facts(EXPERIMENT, hp, Place(0, 1, CPU), {}).splitlines() if "record" in fact] == line
     namespace = run_source(render(flatten(ROOT / "train_gpt.py", ROOT), hp))
     assert namespace["departures"](namespace["Hyperparameters"](), namespace["EXPERIMENT"].rules) == line
+
+
+@pytest.mark.parametrize("init, drawn", [("uniform_lengths", "uniform"), ("normal_lengths", "normal")])
+def test_initial_weights_of_a_sphere(init, drawn):
+    """Kills: a matrix that begins at zero and so stays there, a length that is another matrix's, biases or a head that
+    are drawn where the program has zeros, a normal draw for a uniform one. 65,536 numbers: a deviation to 1%."""
+    hp = override(["num_layers=1", "model_dim=256", "head_dim=64", "vocab_size=256", f"init={init}"])
+    values = train_gpt.initial_weights(GPT(hp), 0, init)
+    unit = (1 / 3 if drawn == "uniform" else 0.33) ** 0.5
+    for name, factor, fan_in in (("attn.qkv", 1, 256), ("attn.proj", 1.25, 256), ("mlp.fc", 1.5, 256),
+                                 ("mlp.proj", 3, 1024)):
+        weight = values[f"blocks.0.{name}.weight"]
+        assert weight.std().item() == pytest.approx(factor * unit / fan_in**0.5, rel=0.01)
+        assert (weight.abs().max() <= factor / fan_in**0.5) == (drawn == "uniform")
+        bias = values[f"blocks.0.{name}.bias"]
+        assert bool(bias.any()) == (drawn == "uniform" and "proj" not in name)
+        assert bias.abs().max() <= 1 / 16
+    assert not values["head.bias"].any() and bool(values["head.weight"].any()) == (drawn == "normal")
+    assert (values["blocks.0.norm1.gains"] == 1).all()
+
+
+def test_power_schedule():
+    """Kills: another constant than those of results #44 to #46, whose rates are lr0 min(1, c (2900 - t)^1.2) with
+    c = lr0 / 2386.4^1.2 (matrices); a rate above its start; a flat part that ends a step early."""
+    hp = override(["train_steps=2900", "matrix_schedule=power(2386.4, 1.2)", "adam_schedule=power(1413, 1.2)"])
+    for family, last, flat in (("matrix", 2386.4, 513), ("adam", 1413, 1487)):
+        factors = [train_gpt.learning_rate_factor(step, hp, family) for step in range(2900)]
+        assert factors == pytest.approx([min(1, (2900 - t) ** 1.2 / last**1.2) for t in range(2900)], rel=1e-12)
+        assert factors[flat] == 1 > factors[flat + 1]
+    assert train_gpt.learning_rate_factor(2690, hp) == pytest.approx(0.054, abs=5e-4)
+    assert train_gpt.learning_rate_factor(2690, hp, "adam") == pytest.approx(0.102, abs=5e-4)
 
 
 def test_initialisation(small):
@@ -281,7 +313,7 @@ def test_schedule():
     assert factor[0] == factor[959] == 1
     assert factor[960] == pytest.approx(1) and factor[2080] == pytest.approx(0.5)
     assert factor[3175] == pytest.approx(25 / 2240) and factor[3199] == pytest.approx(1 / 2240)
-    warm = override(["warmup_steps=4", "train_steps=8", "cooldown_frac=1"])
+    warm = override(["warmup_steps=4", "train_steps=8", "matrix_schedule=linear(1)"])
     assert [train_gpt.learning_rate_factor(step, warm) for step in range(8)] == pytest.approx(
         [1 / 4, 2 / 4 * 7 / 8, 3 / 4 * 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
     steps = [step for step in range(3201) if train_gpt.is_validation_step(step, hp)]
@@ -401,7 +433,9 @@ def test_a_knob_of_a_stage():
     (["activation=gelu"], "activation='gelu': it is one of relu2, swiglu"),
     (["mlp_expansion=0.0001"], "mlp_expansion=0.0001: no neuron is left of 768 times that"),
     (["warmup_steps=0"], "warmup_steps=0: it is at least 1"),
-    (["cooldown_frac=7"], "cooldown_frac=7.0: it is a fraction"),
+    (["matrix_schedule=linear(7)"], "matrix_schedule: linear(7): fraction is a number above 0 and at most 1, not 7"),
+    (["adam_schedule=cosine(0.7)"], "adam_schedule: there is no schedule 'cosine'; the nearest is 'linear'"),
+    (["init=kaiming"], "init='kaiming': it is one of zero_projections, uniform_lengths, normal_lengths"),
     (["matrix_update=sgd | step"], "matrix_update: there is no stage 'sgd'; the nearest is 'step'"),
     (["17"], "'17' is not understood: write NAME=VALUE or @RECIPE"),
     (["@nowhere"], "there is no records/nowhere/recipe"),
