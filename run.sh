@@ -9,10 +9,15 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 die() { echo "run.sh: $*" >&2; exit 1; }
+# A step of what comes before the training: a signal to this shell ends it too.
+step() { "$@" <&0 & wait $!; }
+trap 'kill ${!-} 2>/dev/null; wait; exit 1' INT TERM HUP
+trap '' USR1  # there is nothing to save yet
+unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT  # of another job; this one's come from torchrun
 
 install() {  # install FILE: its pins into .venv, unless they are there
     cmp -s "$1" ".venv/${1//\//-}" && return
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1" || die "could not install $1"
+    step .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1" || die "could not install $1"
     cp "$1" ".venv/${1//\//-}"
 }
 
@@ -46,15 +51,11 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((processes < $(nproc) ? $(nproc) / p
 case " $* " in *" --help "* | *" -h "*) exec .venv/bin/python train_gpt.py --help ;; esac
 if [ "$gpus" != 0 ]; then
     shards=$(.venv/bin/python train_gpt.py --fineweb-shards "$@")
-    [ "$shards" = 0 ] || .venv/bin/python data/cached_fineweb10B.py "$shards"
+    [ "$shards" = 0 ] || step .venv/bin/python data/cached_fineweb10B.py "$shards"
 fi
-case " $* " in *" @tiny "*) .venv/bin/python data/local.py --encoding bytes ;; esac
-WORLD_SIZE=$processes .venv/bin/python -m harness.doctor -- "$@"
+case " $* " in *" @tiny "*) step .venv/bin/python data/local.py --encoding bytes ;; esac
+WORLD_SIZE=$processes step .venv/bin/python -m harness.doctor -- "$@"
 case " $* " in *" --dry-run "*) exit ;; esac
 
-# The trainer's last line names its log, if it ran: a run beside it may have begun a newer one. -ip: Ctrl-C is for the trainer.
-exec 3>&1
-log=$(PYTHONUNBUFFERED=1 .venv/bin/torchrun --standalone --nproc_per_node="$processes" train_gpt.py "$@" |
-    tee -ip /dev/stderr 2>&1 >&3 | sed -n 's/^log: //p')
-# the verdict may be no: the run is whole all the same
-[ -z "$log" ] || .venv/bin/python -m records verify "$log" || [ $? = 1 ]
+# In this shell's place, so that a signal to the one is a signal to the other. It judges the log in the end.
+exec .venv/bin/python -m harness.torchrun --standalone --nproc_per_node="$processes" train_gpt.py "$@"

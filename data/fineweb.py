@@ -10,10 +10,13 @@ import argparse
 import importlib.metadata
 import itertools
 import json
-import multiprocessing
+import os
 import platform
 import signal
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +47,8 @@ def read_parquet(path: Path) -> Iterator[tuple[str, float]]:
 def read_jsonl(path: Path) -> Iterator[tuple[str, float]]:
     with open(path, "rb") as file:
         for line in file:
-            yield json.loads(line)["text"], len(line)
+            if line.strip():  # one at the end, say, is not
+                yield json.loads(line)["text"], len(line)
 
 
 def read_txt(path: Path) -> Iterator[tuple[str, float]]:
@@ -93,20 +97,36 @@ def encode(batch: tuple[list[str], float]) -> tuple[np.ndarray, float]:
 
 
 def encode_files(groups: Iterable[list[Path]], size: int) -> Iterator[np.ndarray]:
-    """Yields the tokens of all files in order; `size` is the bytes of the files, for the time left.
-
-    The groups are drawn here and not in the pool's own thread: a download there would hold up Ctrl-C.
-    """
+    """Yields the tokens of all files in order; `size` is the bytes of the files, for the time left. OSError where a
+    worker is killed."""
     tiktoken.get_encoding("gpt2")  # fetched once, before many workers ask for it
-    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    with (
-        multiprocessing.Pool(initializer=signal.signal, initargs=ignore_interrupt) as pool,
-        tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar,
-    ):
-        for paths in groups:
-            for tokens, done in pool.imap(encode, batches(paths)):
+    workers = os.cpu_count()
+    pool = ProcessPoolExecutor(workers, initializer=heed_nothing)
+    waiting = deque()  # in order, a few a worker: all of FineWeb would not fit the memory
+    with tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar:
+        try:
+            for batch in itertools.chain.from_iterable(map(batches, groups)):
+                waiting.append(pool.submit(encode, batch))
+                while len(waiting) > 4 * workers or waiting and waiting[0].done():
+                    tokens, done = waiting.popleft().result()
+                    bar.update(done)
+                    yield tokens
+            while waiting:
+                tokens, done = waiting.popleft().result()
                 bar.update(done)
                 yield tokens
+        except BrokenProcessPool:
+            raise OSError("a worker was killed, perhaps because the memory was full: start again with fewer programs "
+                          "beside this one") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def heed_nothing():
+    """In a worker: a signal is the parent's to handle; SIGTERM is what the parent ends a worker with."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def main(arguments: list[str] | None = None) -> None:

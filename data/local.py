@@ -14,6 +14,7 @@ import platform
 import random
 import sysconfig
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -33,7 +34,8 @@ BYTE_TO_ID = bytes.maketrans(BYTE_ORDER, bytes(range(256)))
 def list_files(folder: Path, out: Path) -> dict[Path, tuple[str, int, int]]:
     """A folder's visible files but for those in out, sorted, each with its name, bytes and mtime (ns)."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: there is no such folder")
+        raise ValueError(f"{folder} is a file: give its folder" if folder.exists() else
+                         f"{folder}: there is no such folder")
     folder, out, files = folder.resolve(), out.resolve(), {}
     skipped, suffix = (NOT_THE_LIBRARY, ".py") if folder == STDLIB else ((), "")
     for root, folders, names in os.walk(folder):
@@ -45,23 +47,40 @@ def list_files(folder: Path, out: Path) -> dict[Path, tuple[str, int, int]]:
     return dict(sorted(files.items()))
 
 
-def read_texts(paths: Iterable[Path]) -> Iterator[bytes]:
-    """The UTF-8 texts among the files, copies once: a text must not be on both sides of the split."""
-    seen = set()
-    for path in paths:
+def read_text(path: Path) -> tuple[bytes, str]:
+    """The bytes of a file, and what keeps it from being a text, or ""."""
+    try:
         with open(path, "rb") as file:
             raw = file.read(8192)
-            if b"\0" in raw:  # binary: not worth reading whole
-                continue
+            if b"\0" in raw:  # not worth reading whole
+                return raw, "binary"
             raw += file.read()
-        try:
-            raw.decode()
-        except UnicodeDecodeError:
-            continue
+        raw.decode()
+    except OSError:
+        return b"", "unreadable"
+    except UnicodeDecodeError:
+        return raw, "not UTF-8"
+    return raw, "binary" if b"\0" in raw else "" if raw else "empty"
+
+
+def read_texts(paths: Iterable[Path]) -> Iterator[bytes]:
+    """The UTF-8 texts among the files, copies once: a text must not be on both sides of the split. Then a line says how
+    many were read, and what was skipped. ValueError where there is none."""
+    seen, skipped = set(), Counter()
+    for path in paths:
+        raw, why = read_text(path)
         digest = hashlib.sha256(raw).digest()
-        if raw and b"\0" not in raw and digest not in seen:
-            seen.add(digest)
-            yield raw
+        if not why and digest in seen:
+            why = "copies of another"
+        if why:
+            skipped[why] += 1
+            continue
+        seen.add(digest)
+        yield raw
+    left_out = "; skipped: " + ", ".join(f"{count} {why}" for why, count in skipped.items()) if skipped else ""
+    if not seen:
+        raise ValueError(f"there is no text in the folders{left_out}")
+    print(f"read {len(seen)} texts{left_out}", flush=True)
 
 
 def encode_bytes(raw: bytes) -> np.ndarray:
@@ -120,7 +139,7 @@ def split(
 def is_made(out: Path, making: dict) -> bool:
     """Whether the folder holds whole shards of this very making."""
     try:
-        manifest = json.loads((out / "manifest.json").read_text())
+        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
         whole = not any(find_fault(out / name, shard["sha256"]) for name, shard in manifest["shards"].items())
         return whole and making.items() <= manifest.items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # whatever stands there

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import struct
 import sys
 import tempfile
@@ -73,6 +74,8 @@ def alone(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             print(f"{folder}: another process is at work there; waiting for it", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # ENOSYS of Lustre without -o flock, ENOLCK of NFS without lockd
+            print(f"{folder}: warning: it cannot be locked ({error.strerror}): let no other process work there", flush=True)
         yield
     finally:
         os.close(lock)
@@ -151,7 +154,10 @@ def make_shards(folder: Path, prefix: str, shards: Iterable[np.ndarray], making:
 
 @contextlib.contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Ends the program with one line and exit code 1 where a person, a file or the machine is at fault."""
+    """Ends the program with one line and exit code 1 where a person, a file, the machine or a signal is at fault."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
+            signal.signal(number, signal.default_int_handler)  # which tidies up
     try:
         yield
     except (ValueError, OSError) as error:

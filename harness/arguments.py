@@ -66,7 +66,7 @@ def recipe(name: str, root: Path) -> list[str]:
     try:
         if path.stat().st_size > 2**16:
             raise ValueError
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except ValueError:
         raise ValueError(f"{path} is no recipe: it is a text of at most 64 KiB, one NAME=VALUE a line") from None
     lines = (line.split("#")[0].strip() for line in text.splitlines())
@@ -101,9 +101,10 @@ def make_parser(description: str) -> argparse.ArgumentParser:
                         help="every K steps, write what the neurons do to logs/NAME.neurons.jsonl.gz; "
                              "changes no result")
     parser.add_argument("--checkpoint-every", type=int, default=0, metavar="N",
-                        help="every N steps, and on SIGUSR1, SIGTERM and SIGINT, put the newest state into "
-                             "logs/NAME.checkpoint; changes no result")
-    parser.add_argument("--resume", metavar="logs/NAME.checkpoint", help="go on with that run and its log")
+                        help="every N steps, and on SIGUSR1, SIGTERM, SIGHUP and SIGINT, put the newest state "
+                             "into logs/NAME.checkpoint; changes no result")
+    parser.add_argument("--resume", metavar="logs/NAME.checkpoint",
+                        help="go on with that run and its log; with micro_batch=N, in parts of another size")
     parser.add_argument("--fork-from", metavar="CHECKPOINT", help="begin there, with other values; no evidence")
     parser.add_argument("--dry-run", action="store_true", help="check arguments and data, say what would run, and stop")
     parser.add_argument("--fineweb-shards", action="store_true", help="say how many the run reads, and stop")
@@ -113,5 +114,6 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def complain(message):
-    """End this process with exit code 1; local rank 0 prints the message, in one line."""
-    sys.exit(f"train_gpt.py: {' '.join(str(message).split())}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+    """End this process with exit code 1; the first of a machine's ranks prints the message, in one line."""
+    other = os.environ.get("LOCAL_RANK", "0") != "0" and {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    sys.exit(1 if other else f"train_gpt.py: {' '.join(str(message).split())}")

@@ -29,6 +29,9 @@ torch.serialization.set_crc32_options(False)  # the sha256 vouches for more, and
 #                 File                 #
 ########################################
 
+OWN = re.compile(r"seed\d+-step\d+\.(pt|part)")  # the files that a run makes beside the manifest, and may remove
+
+
 class Hashed(io.BufferedWriter):
     """A file that hashes what is written to it, and brings it to the disk 64 MB at a time.
 
@@ -77,7 +80,8 @@ def write_checkpoint(folder: Path, name: str, state: dict):
     with replacing(manifest) as text:
         text.write(json.dumps(dict(file=name, bytes=path.stat().st_size, sha256=file.sha256.hexdigest())).encode())
     for other in set(folder.iterdir()) - {path, manifest}:
-        other.unlink()
+        if OWN.fullmatch(other.name):  # what a person keeps there, under another name, stays
+            other.unlink()
 
 
 class Writer:
@@ -112,15 +116,20 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def file_of(folder: Path) -> tuple[str, int, str]:
+    """Name, bytes and sha256 of the state's file, as manifest.json tells them."""
+    try:
+        with open(folder / "manifest.json", encoding="utf-8") as file:
+            manifest = json.loads(file.read(4096))
+        return str(manifest["file"]), manifest["bytes"], manifest["sha256"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise ValueError(f"{folder}/manifest.json is no manifest of a checkpoint") from None
+
+
 def read_checkpoint(folder: Path) -> dict:
     """The state that manifest.json names; ValueError, in one line, for any other content. No code in the file runs, and
     its tensors are mapped from it: to read it takes no memory."""
-    try:
-        with open(folder / "manifest.json") as file:
-            manifest = json.loads(file.read(4096))
-        name, size, sha256 = str(manifest["file"]), manifest["bytes"], manifest["sha256"]
-    except (KeyError, TypeError, ValueError, RecursionError):
-        raise ValueError(f"{folder}/manifest.json is no manifest of a checkpoint") from None
+    name, size, sha256 = file_of(folder)
     path = folder / name
     if not re.fullmatch(r"[\w-]+\.pt", name):
         raise ValueError(f"{folder}/manifest.json names {name!r}, which is no checkpoint's file")
@@ -142,14 +151,30 @@ def read_checkpoint(folder: Path) -> dict:
 ########################################
 #            State of a run            #
 ########################################
-# With --checkpoint-every N the newest state is in logs/NAME.checkpoint; SIGUSR1 saves at the next step, SIGTERM and
-# Ctrl-C save and stop. The place in the data follows from the step; nothing is drawn at random after the initial
+# With --checkpoint-every N the newest state is in logs/NAME.checkpoint; SIGUSR1 saves at the next step, SIGTERM, SIGHUP
+# and Ctrl-C save and stop; under nohup, which asks that a run outlives its terminal, SIGHUP saves alone. The place in the data follows from the step; nothing is drawn at random after the initial
 # weights.
 
 STATE = dict(hyperparameters=dict, source_sha256=str, end=int, neurons=int, every=int, failed=bool, seed=int, step=int,
              trial=dict, banks=list, lengths=dict)  # `end`: of the seeds
 SAVE, STOP = 1, 2  # what a signal asks for: a checkpoint; a checkpoint and the end
-SIGNALS = {signal.SIGUSR1: SAVE, signal.SIGTERM: STOP, signal.SIGINT: STOP}
+SIGNALS = {signal.SIGUSR1: SAVE, signal.SIGTERM: STOP, signal.SIGINT: STOP, signal.SIGHUP: STOP}
+
+
+def folder_of(word: str) -> Path:
+    """The folder of the checkpoint that a person names, by itself, a file in it, or the run's log. ValueError for
+    a file in it that is not the newest state."""
+    path = Path(word)
+    if path.suffix in (".txt", ".jsonl"):
+        return path.with_suffix(".checkpoint")
+    if path.name == "manifest.json":
+        return path.parent
+    if path.suffix != ".pt":
+        return path
+    if file_of(path.parent)[0] != path.name:
+        raise ValueError(f"{path} is not the file that {path.parent}/manifest.json names: give the folder, or a copy of "
+                         "it whose manifest names this file")
+    return path.parent
 
 
 def read_state(folder: Path) -> dict:
@@ -161,12 +186,17 @@ def read_state(folder: Path) -> dict:
 
 
 class Signals:
-    """What signals have requested of this process. Where they are not heeded, their handlers stay Python's."""
+    """What signals have requested of this process. Where they are not heeded, SIGUSR1 is ignored, and the handlers of
+    those that stop stay as they were."""
 
     def __init__(self, heeded: bool):
         self.heeded, self.request = heeded, 0
-        for number in SIGNALS if heeded else ():
-            signal.signal(number, lambda number, _: setattr(self, "request", max(self.request, SIGNALS[number])))
+        if not heeded:
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            return
+        asks = SIGNALS | ({signal.SIGHUP: SAVE} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else {})
+        for number in asks:
+            signal.signal(number, lambda number, _: setattr(self, "request", max(self.request, asks[number])))
 
     def agree(self, device: torch.device) -> int:
         """Collective: the strongest request that a signal has made of any rank since the last call, or 0. Synchronises

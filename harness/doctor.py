@@ -13,6 +13,7 @@ logit (bf16, its gradient, an fp32 copy).
 
 import argparse
 import csv
+import fcntl
 import json
 import os
 import re
@@ -32,6 +33,7 @@ LOG_BYTES = 20 * 2**20  # source, lines and sidecar of a long run with --neurons
 STATE_BYTES = 12  # of a checkpoint, a parameter at most: fp32, and two moments
 RESERVE = 2 * 2**30  # bytes of a GPU for CUDA, NCCL, workspaces and what the allocator cannot use
 IN_USE = 2**30  # bytes of a GPU that something else holds; a desktop holds less
+TRAINED_WITH = "torch", "triton", "numpy", "tqdm"  # packages; the others are of data/, studies/ and --wandb
 INSTALL = "python -m pip install -r requirements.txt"
 # {major version of CUDA: the oldest driver that runs what was built for it}, NVIDIA's "Minor Version Compatibility":
 # docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
@@ -44,7 +46,7 @@ from harness.arguments import complain, parse
 from harness.run import recall
 from harness.shards import fineweb_shards
 try:
-    args, hp, _ = recall(train_gpt.EXPERIMENT, parse(sys.argv[1:]))
+    args, hp, *_ = recall(train_gpt.EXPERIMENT, parse(sys.argv[1:]))
     print(json.dumps(vars(hp) | dict(mlp_dim=hp.mlp_dim, trials=args.trials, checkpoints=args.checkpoint_every,
                                      fineweb_shards=fineweb_shards(hp))))
 except (OSError, ValueError) as error:
@@ -73,10 +75,11 @@ def doctor(words: list[str], price: float | None = None) -> dict:
     """The findings on the machine, then on the run that `train_gpt.py WORDS` would be; `price`: of a GPU for an hour.
     The verdict is that nothing would end the run."""
     gpus, findings = find_gpus()
-    world = int(os.environ.get("WORLD_SIZE", max(1, len(gpus))))
+    asked = os.environ.get("WORLD_SIZE", "")  # the dry run refuses what is no number of processes
+    world = int(asked) if asked.isdecimal() and int(asked) else max(1, len(gpus))
     run, plan, complaints = dry_run(words or ([] if gpus else ["@tiny"]), world)
     parameters = int(plan.split(" ")[0].replace(",", "")) if plan else 0
-    findings += [*packages(gpus), *driver(gpus), *waits(gpus), *taken(gpus), *port()]
+    findings += [*packages(gpus), *driver(gpus), *waits(gpus), *taken(gpus), *port(), *resolves()]
     if plan:
         plan = "\n".join([plan, *estimate(run, plan, gpus, world, price)])
         findings += memory(run, parameters, gpus, world)
@@ -97,7 +100,7 @@ def text(result: dict) -> str:
 
 
 def nvidia_smi(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["nvidia-smi", *words], capture_output=True, text=True)
+    return subprocess.run(["nvidia-smi", *words], capture_output=True, text=True, errors="replace")
 
 
 def visible(asked: str | None, uuids: list[str]) -> list[int]:
@@ -177,7 +180,7 @@ def version(package: str) -> str | None:
 
 def cuda_of_torch() -> str | None:
     """The version of CUDA that the installed PyTorch was built for, if for one: torch.version.cuda, not imported."""
-    source = metadata.distribution("torch").locate_file("torch/version.py").read_text()
+    source = metadata.distribution("torch").locate_file("torch/version.py").read_text(encoding="utf-8")
     found = re.search(r"^cuda\b.*= '([\d.]+)'", source, re.MULTILINE)
     return found and found[1]
 
@@ -194,12 +197,12 @@ def pins(requirements: str) -> dict[str, str]:
 
 def packages(gpus: list[Gpu]) -> list[Finding]:
     findings = []
-    for name, pinned in pins((ROOT / "requirements.txt").read_text()).items():
+    for name, pinned in pins((ROOT / "requirements.txt").read_text(encoding="utf-8")).items():
         installed = version(name)
         if installed is None or installed.split("+")[0] != pinned:
             findings.append(Finding(f"{name} {installed or 'is missing'}, pinned is {pinned}",
                                     "what is known of this project is known for the pinned versions", INSTALL,
-                                    ends=installed is None))
+                                    ends=installed is None and name in TRAINED_WITH))
     torch = version("torch") or ""
     if gpus and torch and not cuda_of_torch():
         findings.append(Finding(f"torch {torch} was built without CUDA", "it cannot see the GPUs of this machine",
@@ -291,7 +294,10 @@ def estimate(run: dict, plan: str, gpus: list[Gpu], world: int, price: float | N
 
 def port() -> list[Finding]:
     """torchrun --standalone takes a free port of this machine by itself; processes started by hand take MASTER_PORT."""
-    number = int(os.environ.get("MASTER_PORT", 0))
+    asked = os.environ.get("MASTER_PORT", "0")
+    if not asked.isdecimal() or int(asked) >= 2**16:  # the dry run says so
+        return []
+    number = int(asked)
     try:
         with socket.create_server(("localhost", number)):
             return []
@@ -307,25 +313,50 @@ def disk(folder: Path, checkpoint_bytes: int) -> list[Finding]:
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             file.write(b"\n")
+            file.flush()
+            unlocked = lock(file)
     except OSError as error:
         return [Finding(f"{place.resolve()} cannot be written: {error.strerror}", "the run could not begin its log",
                         "make it writable, or start in another folder")]
+    found = [Finding(f"{place.resolve()} cannot be locked: {unlocked}", "two runs that resume one log would both write it",
+                     "see to it that one alone does; Lustre is mounted with -o flock", ends=False)] if unlocked else []
     free, needed = shutil.disk_usage(place).free, LOG_BYTES + checkpoint_bytes
     if free < LOG_BYTES:
         why = "a log that is cut off is no evidence"
     elif free < needed:
         why = "checkpoints would be given up"
     else:
-        return []
-    return [Finding(f"{free / 2**20:.0f} MiB are free for {place.resolve()}", why,
+        return found
+    return [*found, Finding(f"{free / 2**20:.0f} MiB are free for {place.resolve()}", why,
                     f"make {needed / 2**20:.0f} MiB free", ends=free < LOG_BYTES)]
+
+
+def lock(file) -> str | None:
+    """Why the file cannot be locked as the trainer locks its log, or None."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def resolves() -> list[Finding]:
+    """Whether processes that torchrun starts on this machine would find each other by its name."""
+    try:
+        socket.getaddrinfo(socket.gethostname(), None)
+        return []
+    except OSError as error:
+        return [Finding(f"the host name {socket.gethostname()} does not resolve: {error.strerror}",
+                        "torchrun --standalone would wait for minutes; ./run.sh does not need the name",
+                        "torchrun --local-addr localhost, or the name in /etc/hosts", ends=False)]
 
 
 def dry_run(words: list[str], world: int) -> tuple[dict | None, str, list[Finding]]:
     """What the trainer makes of its arguments; what it says it would do; its complaint as a finding, which names its
     remedy after a colon."""
-    run = subprocess.run([sys.executable, "-c", PROBE, *words], capture_output=True, text=True,
-                         env=os.environ | {"WORLD_SIZE": str(world), "PYTHONPATH": str(ROOT)})
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    run = subprocess.run([sys.executable, "-c", PROBE, *words], capture_output=True, text=True, errors="replace",
+                         env={"WORLD_SIZE": str(world)} | os.environ | {"PYTHONPATH": path})
     hyperparameters, _, plan = run.stdout.strip().partition("\n")
     values = json.loads(hyperparameters) if hyperparameters else None
     if not run.returncode:

@@ -11,7 +11,8 @@ import os
 import re
 import subprocess
 import symtable
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def flatten(path: Path, root: Path) -> str:
     parts, meanings = {}, {name: f"builtins.{name}" for name in dir(builtins)}
 
     def add(path: Path):
-        name, text = path.relative_to(root).as_posix(), path.read_text()
+        name, text = path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
         lines, tree = text.split("\n"), ast.parse(text)
         for node, needed in local_imports(tree, lines, name, root):
             if needed not in parts:
@@ -138,6 +139,7 @@ def facts(experiment: Experiment, hp, place: Place, shards: dict[str, int]) -> s
 
 
 def machine(place: Place) -> list[str]:
+    """What the run stands on; it may be another machine when it is resumed."""
     gpu = place.device.type == "cuda"
     device = torch.cuda.get_device_name(place.device) if gpu else processor()
     first = (f"Running PyTorch {torch.__version__} compiled for CUDA {torch.version.cuda} on {device} "
@@ -146,6 +148,18 @@ def machine(place: Place) -> list[str]:
         return [first, f"threads: {torch.get_num_threads()}"]
     driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
     return [first, f"driver: {driver}", f"triton: {triton.__version__}"]
+
+
+def moved(before: list[str], place: Place) -> str:
+    """What the line of a resumed run says where this machine is not that of the head, whose facts are `before`:
+    nothing where it is the same."""
+    def alone(lines):
+        return [line.rpartition(" with world_size")[0] or line for line in lines]
+    first, *others = alone(machine(place))
+    if {first, *others} <= set(alone(before)):
+        return ""
+    device = first.rpartition(" on ")[2]
+    return ", ".join([f", on {device}", f"PyTorch {torch.__version__}", *(other.replace(":", "") for other in others)])
 
 
 def paths(hp, place: Place) -> list[str]:
@@ -161,7 +175,10 @@ def paths(hp, place: Place) -> list[str]:
 
 
 def commit(root: Path) -> str:
+    """Of this project's own repository: one around a copy without .git says nothing of it."""
     git = "git", "-C", str(root)
+    if Path(output_of(*git, "rev-parse", "--show-toplevel")).resolve() != root.resolve():
+        return "none"
     dirty = output_of(*git, "status", "--porcelain", "--untracked-files=no")
     return (output_of(*git, "rev-parse", "HEAD") or "none") + " (dirty)" * bool(dirty)
 
@@ -169,7 +186,7 @@ def commit(root: Path) -> str:
 def output_of(*command: str) -> str:
     """What a program prints, stripped; nothing where it fails or is not installed."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, check=True).stdout.decode(errors="replace").strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 
@@ -188,24 +205,33 @@ class RunLog:
 
     Rank 0 writes; on other ranks nothing happens. Files are line-buffered: a killed run leaves whole lines.
     `listeners` are called with each record of the sidecar. To continue a log, pass the `lengths` that its files are
-    truncated to first. OSError where another process writes the log.
+    truncated to first. OSError where another process writes the log; a file system that cannot lock is a warning.
     """
 
-    def __init__(self, name: str | None, lengths: dict[str, int] | None = None):
-        self.name, self.listeners = name, []
+    def __init__(self, name: str | None, lengths: dict[str, int] | None = None, listeners: list[Callable] = ()):
+        self.name, self.listeners = name, listeners
         self.text = self.json = None
         if name is not None:
             Path("logs").mkdir(exist_ok=True)
-            self.text, self.json = (open(f"logs/{name}.{ending}", "a" if lengths else "x", buffering=1)
-                                    for ending in ("txt", "jsonl"))
+            # a path on the command line may be bytes that are no UTF-8
+            self.text, self.json = (open(f"logs/{name}.{ending}", "a" if lengths else "x", buffering=1,
+                                         encoding="utf-8", errors="surrogateescape") for ending in ("txt", "jsonl"))
             try:
                 fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as this process lives
             except BlockingIOError:
                 raise BlockingIOError(f"logs/{name}.txt belongs to a run that lives: wait for its end, or end it"
                                       ) from None
+            except OSError as error:  # ENOSYS of Lustre without -o flock, ENOLCK of NFS without lockd
+                print(f"train_gpt.py: warning: logs/ cannot be locked ({error.strerror}): see to it that no other run "
+                      "resumes this log", file=sys.stderr)
             for path, length in log_files(name).items():
                 if lengths and length:
                     os.truncate(path, lengths[path])
+
+    def facts(self) -> list[str]:
+        """The lines of the log's head."""
+        text = Path(self.text.name).read_text(encoding="utf-8", errors="surrogateescape")
+        return text.split(SEPARATOR + "\n")[1].splitlines()
 
     def line(self, text: str):
         if self.text:
@@ -219,7 +245,7 @@ class RunLog:
 
     def record_neurons(self, records: list[dict]):
         # a gzip member of its own each time: what a killed run has written can be read
-        with gzip.open(f"logs/{self.name}.neurons.jsonl.gz", "at") as file:
+        with gzip.open(f"logs/{self.name}.neurons.jsonl.gz", "at", encoding="utf-8") as file:
             file.writelines(json.dumps(values) + "\n" for values in records)
 
 
@@ -231,10 +257,14 @@ def log_files(name: str) -> dict[str, int]:
 
 def finished_seeds(sha256: str, cut: str | None) -> dict[int, str]:
     """{seed: path} of the finished trials of this exact program in logs/, whose loss is finite. Forks do not count, nor
-    does `cut`, the log that is about to be truncated and resumed."""
+    does `cut`, the log that is about to be truncated and resumed. What cannot be read is a line, and skipped."""
     finished = {}
     for path in sorted(set(glob.glob("logs/*.txt")) - {cut}):
-        parts = Path(path).read_text(errors="replace").split(SEPARATOR + "\n")
+        try:
+            parts = Path(path).read_text(encoding="utf-8", errors="replace").split(SEPARATOR + "\n")
+        except OSError as error:
+            print(f"skipped: {path}: {error.strerror}", file=sys.stderr)
+            continue
         if len(parts) < 3 or f"source_sha256: {sha256}" not in parts[1].splitlines() or "\npartial: " in parts[1]:
             continue
         _, *trials = re.split(r"^seed: (\d+)\n", parts[2], flags=re.MULTILINE)
@@ -243,12 +273,16 @@ def finished_seeds(sha256: str, cut: str | None) -> dict[int, str]:
     return finished
 
 
-def mirror_to_wandb(log: RunLog, mode: str, hp):
-    """From now on also send every record of the sidecar to W&B; curves carry the trial's seed in their name."""
-    import wandb  # not in requirements.txt: only --wandb needs it
-    run = wandb.init(project="track-3", name=log.name, dir="logs", mode=mode, config=vars(hp))
+def mirror_to_wandb(name: str, mode: str, hp) -> Callable:
+    """What sends a record of the sidecar to W&B; curves carry the trial's seed in their name. ConnectionError
+    where W&B does not take them."""
+    import wandb  # only --wandb needs it
+    try:
+        run = wandb.init(project="track-3", name=name, dir="logs", mode=mode, config=vars(hp))
+    except wandb.Error as error:
+        raise ConnectionError(f"--wandb {mode}: {error}; --wandb offline needs neither") from None
     run.define_metric("*", step_metric="step")  # W&B's own step may not fall back, as it does from trial to trial
 
     def mirror(seed: int, step: int, **values):
         run.log({"step": step} | {f"{name}/seed {seed}": value for name, value in values.items()})
-    log.listeners.append(mirror)
+    return mirror

@@ -1,9 +1,11 @@
 """A run: one command line, one process group, one log, and a trial for each seed."""
 
 import argparse
+import ctypes
 import importlib.util
 import math
 import os
+import signal
 import sys
 import time
 import uuid
@@ -15,9 +17,9 @@ import torch.distributed as dist
 
 from aurora import Rule
 from harness.arguments import Experiment, complain, departures, overridden, parse
-from harness.checkpoint import Signals, Writer, read_state
+from harness.checkpoint import Signals, Writer, folder_of, read_state
 from harness.heartbeat import Heartbeat
-from harness.log import SEPARATOR, RunLog, facts, finished_seeds, log_files, mirror_to_wandb
+from harness.log import SEPARATOR, RunLog, facts, finished_seeds, log_files, mirror_to_wandb, moved
 from harness.log import source_of_run, source_sha256
 from harness.ranks import Place, check_place, join, micro_batch_size
 from harness.shards import find_shards, fineweb_shards
@@ -35,13 +37,14 @@ class Start(NamedTuple):
     args: argparse.Namespace
     hp: object  # the experiment's hyperparameters
     state: dict | None = None  # of the checkpoint that the first trial goes on from
+    head: object = None  # of a resumed run, the hyperparameters at the head of its log; micro_batch may be another
 
 
 def recall(experiment: Experiment, args: argparse.Namespace) -> Start:
     """What the arguments ask for, and the checkpoint that they name says. ValueError where the two do not fit."""
     if not (args.resume or args.fork_from):
         return Start(args, overridden(experiment, args.overrides))
-    folder = Path(args.resume or args.fork_from)
+    folder = folder_of(args.resume or args.fork_from)
     state = read_state(folder)
     words = [f"{name}={value}" for name, value in state["hyperparameters"].items()]
     same = state["hyperparameters"].keys() == vars(experiment.hyperparameters()).keys()  # else its words are unknown here
@@ -50,16 +53,21 @@ def recall(experiment: Experiment, args: argparse.Namespace) -> Start:
         raise ValueError(f"{folder} is of another version of this program: check out the commit that its log names")
     if args.resume:
         check_resume(args, state, folder)
-        settled = dict(seed=state["seed"], trials=state["end"] - state["seed"], neurons=state["neurons"],
-                       checkpoint_every=state["every"])
-        return Start(argparse.Namespace(**vars(args) | settled), before, state)
+        settled = dict(resume=str(folder), seed=state["seed"], trials=state["end"] - state["seed"],
+                       neurons=state["neurons"], checkpoint_every=state["every"])
+        hp = overridden(experiment, words + args.overrides)
+        return Start(argparse.Namespace(**vars(args) | settled), hp, state, before)
     hp = overridden(experiment, words + args.overrides)
     check_fork(hp, before, state, folder)
     return Start(argparse.Namespace(**vars(args) | dict(seed=state["seed"], trials=1)), hp, state)
 
 
 def check_resume(args: argparse.Namespace, state: dict, folder: Path):
-    if args.overrides:
+    runs = [word for word in args.overrides if Path(word).exists()]
+    if runs:  # of logs/*.checkpoint the shell makes all that there are
+        newest = max([args.resume, *runs], key=os.path.getmtime)
+        raise ValueError(f"--resume goes on with one run, these are {1 + len(runs)}: give one; the newest is {newest}")
+    if any(not word.startswith("micro_batch=") for word in args.overrides):
         raise ValueError("--resume goes on as the run began, without NAME=VALUE; --fork-from starts a variation")
     for path, size in log_files(folder.stem).items():
         if size < state["lengths"].get(path, math.inf):
@@ -96,7 +104,8 @@ class Run:
 
     def __init__(self, experiment: Experiment, start: Start, place: Place, shards: dict, val_shards: dict):
         self.experiment, self.place, self.shards, self.val_shards = experiment, place, shards, val_shards
-        self.args, self.hp, self.state = start
+        self.args, self.hp, self.state, head = start
+        self.head = head or self.hp
         self.root = experiment.script.parent
         self.failed = bool(self.args.resume) and self.state["failed"]  # whether a trial has
         self.log, self.writer = RunLog(None), Writer()
@@ -108,8 +117,6 @@ class Run:
             return
         if self.place.rank == 0:
             self.log = self.open_log()
-            if self.args.wandb:
-                mirror_to_wandb(self.log, self.args.wandb, self.hp)
         self.signals = Signals(heeded=self.args.checkpoint_every > 0)
         with self.place.device:
             model = self.experiment.model(self.hp)
@@ -119,13 +126,19 @@ class Run:
             for seed in seeds:
                 with Trial(self, seed, self.state) as trial:
                     resumed = self.args.resume and self.state
-                    self.log.line(f"resumed: step {self.state['step']}, world_size {self.place.world}" if resumed else
-                                  f"seed: {seed}")
+                    if self.place.rank == 0:
+                        self.log.line(self.resumed() if resumed else f"seed: {seed}")
                     self.experiment.train(model, trial)
                 self.state = None
         self.writer.wait()
         if self.place.rank == 0:
             print(f"log: {self.log.text.name}")
+
+    def resumed(self) -> str:
+        """The line where a run goes on, with what is another than its log's head tells."""
+        size = f", micro_batch {self.hp.micro_batch}" if self.hp != self.head else ""
+        return (f"resumed: step {self.state['step']}, world_size {self.place.world}" + size +
+                moved(self.log.facts(), self.place))
 
     def seeds(self) -> list[int]:
         """The seeds of --trials that no log holds to their end, as rank 0 sees it. A single trial is always run, and so
@@ -134,7 +147,7 @@ class Run:
         seeds = list(range(args.seed, args.seed + args.trials))
         if args.trials > 1 and self.place.rank == 0:
             log = f"logs/{Path(args.resume).stem}.txt" if args.resume else None
-            finished = finished_seeds(source_sha256(source_of_run(self.experiment.script, self.hp)), log)
+            finished = finished_seeds(source_sha256(source_of_run(self.experiment.script, self.head)), log)
             for seed in seeds[bool(args.resume):]:
                 if seed in finished:
                     print(f"seed {seed} is finished, in {finished[seed]}: it is not run again")
@@ -145,21 +158,24 @@ class Run:
 
     def open_log(self) -> RunLog:
         """A new log with its head; to resume, the run's own, truncated to where its checkpoint was."""
+        name = (Path(self.args.resume).stem if self.args.resume else
+                time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:8])
+        mirrors = [mirror_to_wandb(name, self.args.wandb, self.hp)] if self.args.wandb else []  # may fail: before the log
         if self.args.resume:
-            return RunLog(Path(self.args.resume).stem, self.state["lengths"])
+            return RunLog(name, self.state["lengths"], mirrors)
         block = facts(self.experiment, self.hp, self.place, self.shards | self.val_shards)
         if self.args.fork_from:
             block += (f"\npartial: forked from step {self.state['step']} of {self.args.fork_from}, "
                       f"seed {self.state['seed']}")
-        log = RunLog(time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:8])
+        log = RunLog(name, listeners=mirrors)
         for part in (source_of_run(self.experiment.script, self.hp).rstrip("\n"), SEPARATOR, block, SEPARATOR):
             log.line(part)
         return log
 
     def identity(self) -> dict:
         """What a checkpoint holds of the run."""
-        return dict(hyperparameters=vars(self.hp), end=self.args.seed + self.args.trials, neurons=self.args.neurons,
-                    source_sha256=source_sha256(source_of_run(self.experiment.script, self.hp)),
+        return dict(hyperparameters=vars(self.head), end=self.args.seed + self.args.trials, neurons=self.args.neurons,
+                    source_sha256=source_sha256(source_of_run(self.experiment.script, self.head)),
                     every=self.args.checkpoint_every, failed=self.failed)
 
 
@@ -170,16 +186,15 @@ class Run:
 def launch(experiment: Experiment, argv: list[str]):
     """A command line, from its words to the exit code."""
     args = parse(argv, experiment.description)
-    # torchrun sets these; without it there is one process
-    rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in
-                               (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    end_with_launcher()
     try:
+        rank, local_rank, world = standing()
         start = recall(experiment, args)
         if args.fineweb_shards:
             print(fineweb_shards(start.hp))
             return
         if args.wandb and not importlib.util.find_spec("wandb"):
-            raise ValueError("--wandb needs the package: pip install wandb")
+            raise ValueError("--wandb needs the package: python -m pip install -r requirements.txt")
         shards = checked(start.hp, local_rank, world)
         if args.dry_run:
             print(summary(experiment, start.hp, world))
@@ -190,6 +205,32 @@ def launch(experiment: Experiment, argv: list[str]):
         complain(error)
     place = join(rank, local_rank, world, start.hp.head_dim)
     finish(Run(experiment, start, place, *shards))
+
+
+def standing() -> tuple[int, int, int]:
+    """Rank, rank on this machine and number of processes, which torchrun says; without it there is one process.
+    ValueError names a variable that another job has left behind."""
+    said = []
+    for name, default, least, most in (("RANK", 0, 0, 2**31), ("LOCAL_RANK", 0, 0, 2**31), ("WORLD_SIZE", 1, 1, 2**31),
+                                       ("MASTER_PORT", 0, 0, 2**16 - 1)):
+        text = os.environ.get(name, str(default))
+        if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
+            raise ValueError(f"{name}={text} in the environment: torchrun sets it to a number of at least {least}"
+                             f"{' and at most 65535' * (most < 2**16)}; unset {name}")
+        said.append(int(text))
+    rank, local_rank, world, _ = said
+    if rank >= world:
+        raise ValueError(f"RANK={rank} with WORLD_SIZE={world} in the environment: torchrun sets both; unset RANK")
+    if local_rank > rank:
+        raise ValueError(f"LOCAL_RANK={local_rank} with RANK={rank} in the environment: torchrun sets both; "
+                         "unset LOCAL_RANK")
+    return rank, local_rank, world
+
+
+def end_with_launcher():
+    """Ask Linux for a SIGTERM when torchrun is gone, whatever ended it: a worker that stays holds its GPU."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def checked(hp, local_rank: int, world: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -209,6 +250,8 @@ def finish(run: Run):
         sys.exit(out_of_memory(run.hp, rank, run.place.world))
     except OSError as error:  # a log that cannot be written
         sys.exit(f"train_gpt.py: rank {rank}: {error}")
+    except KeyboardInterrupt:
+        complain("interrupted; with --checkpoint-every N, Ctrl-C saves first")
     except RuntimeError:
         time.sleep(3)  # it may be the echo of another rank's end: torchrun blames the one that ends first
         raise

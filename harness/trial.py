@@ -132,7 +132,9 @@ class Trial:
             self.run.writer.wait()
             # NCCL's sends only queue, and torchrun ends rank 0 soon after another rank has left: all leave together
             dist.barrier()
-            complain(f"stopped by a signal at step {step}; --resume logs/*.checkpoint goes on")
+            if self.place.rank:
+                sys.exit(1)
+            complain(f"stopped by a signal at step {step}; --resume logs/{self.log.name}.checkpoint goes on")
 
     @contextlib.contextmanager
     def validating(self):
@@ -202,7 +204,7 @@ def read_reference(hp, root: Path) -> dict[int, tuple]:
     path = root / "records" / "published" / "reference_17.csv"
     if hp.target_loss != 3.28 or not path.is_file():
         return {}
-    rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
+    rows = [line.split(",") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
     return {int(step): tuple(map(float, row)) for step, *row in rows} if rows[-1][0] == str(hp.train_steps) else {}
 
 

@@ -18,6 +18,7 @@ SEPARATOR = re.compile(rb"^={50,}\r?$\n?", re.MULTILINE)
 # belongs to another line.
 LINE = r"""^(?: (?:Using\ )?seed[:=]\ ?(?P<seed>\d+)$
     | failed:\ (?P<failed>.+)
+    | (?P<resumed>resumed:)\ step\ \d+,\ world_size\ \d+(?:,\ micro_batch\ \d+)?(?:,\ on\ (?P<on>.+),\ PyTorch\ .*)?$
     | step:(?P<step>\d+)/(?P<train_steps>\d+)\ (?!.*step:)(?:.*\ )?
       METRIC:(?P<loss>-?(?:nan|inf|\d+(?:\.\d+)?))(?=\ +\w+:)
       (?:.*\ train_time:(?P<time>\d+(?:\.\d+)?)(?P<unit>ms|s)\b)? )"""
@@ -38,6 +39,7 @@ class Trial:
     failed: str | None = None  # the reason that the program gave
     device: str = NOT_NAMED
     world: int = 0  # processes; 0 where the log does not tell
+    places: list[str | None] = field(default_factory=lambda: [None])  # devices as it went on; None: the head's
 
     @property
     def last_step(self) -> int:
@@ -99,7 +101,9 @@ def interpret(path: str, content: bytes, metric: str = "val_loss") -> Log:
     trials = read_trials(path, body, metric)
     if machine := MACHINE.search(header):
         for trial in trials:
-            trial.device, trial.world = machine["device"], int(machine["world"])
+            trial.world = int(machine["world"])
+            trial.places = list(dict.fromkeys(place or machine["device"] for place in trial.places))
+            trial.device = " and then ".join(trial.places)
     return Log(path, source, read_facts(header), trials)
 
 
@@ -128,9 +132,11 @@ def read_trials(path: str, body: str, metric: str) -> list[Trial]:
         # Upstream tells trials apart by nothing but a step that falls back.
         restarts = line["step"] and step <= last
         if trial != Trial() and (line["seed"] or restarts):
-            trials.append(trial := Trial())
+            trials.append(trial := Trial(places=trial.places[-1:]))
         if line["seed"]:
             trial.seed = int(line["seed"])
+        elif line["resumed"]:
+            trial.places.append(line["on"])
         elif line["failed"]:
             trial.failed = line["failed"]
         else:
@@ -166,6 +172,8 @@ def load(names: list[str], metric: str = "val_loss") -> list[Log]:
             logs.append(read(path, metric))
         except ValueError as error:
             skipped.append(str(error))
+        except OSError as error:  # a folder or a dangling link of that name, somebody else's file
+            skipped.append(f"{path}: {error.strerror}")
     if not logs:
         others = f" (nor are {len(skipped) - 1} other files)" if len(skipped) > 1 else ""
         raise ValueError(skipped[0] + others if skipped else f"no .txt in {' '.join(names)}")

@@ -130,7 +130,7 @@ def mixture(logs: list[Log], used: list[Trial]) -> str | None:
     kinds = {
         "targets": [(target(log.source), log.path) for log in logs],
         "programs": [(recipe(log.source), log.path) for log in logs],
-        "devices": [(trial.device, trial.name) for trial in used],
+        "devices": [(place or trial.device, trial.name) for trial in used for place in trial.places],
         "evaluated steps": [(tuple(trial.losses) + tuple(step for step in grid if step > trial.last_step), trial.name)
                             for trial in used],
     }

@@ -94,13 +94,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(moment, words, whole, tmp_path):
     assert [trial.complete for trial in read(log).trials] == [True, True]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_at_the_next_step(number, words, whole, tmp_path):
-    """Kills: work lost to a scheduler's warning; an end that looks like a success; a traceback."""
+    """Kills: work lost to a scheduler's warning or a closed terminal; an end that looks like a success; a traceback; a
+    remedy that the shell makes two words of, as of logs/*.checkpoint."""
     run = killed(tmp_path, [*words, "train_steps=9"], calls=4, number=number)
     assert run.returncode == 1
     # sent in step 4 after the ranks agreed: heeded in step 5
-    assert run.stderr == "train_gpt.py: stopped by a signal at step 5; --resume logs/*.checkpoint goes on\n"
+    folder = f"logs/{checkpoint_of(tmp_path).name}"
+    assert run.stderr == f"train_gpt.py: stopped by a signal at step 5; --resume {folder} goes on\n"
     (log,) = (tmp_path / "logs").glob("*.txt")
     assert log.read_text().splitlines()[-1] == "stopped: by a signal at step 5"
     train(tmp_path, ["--resume", f"logs/{checkpoint_of(tmp_path).name}"])
@@ -128,6 +130,97 @@ def test_a_signal_may_ask_for_a_checkpoint_alone(quick, tmp_path, monkeypatch):
     assert saved == [6]  # sent in step 5, after the ranks agreed
     (log,) = (tmp_path / "logs").glob("*.txt")
     assert read(log).trials[0].complete
+
+
+def test_what_nohup_asks_for(quick, tmp_path, monkeypatch):
+    """Kills: a run that its terminal ends in spite of nohup, or that does not save then."""
+    saved = []
+    monkeypatch.setattr("harness.checkpoint.write_checkpoint", lambda folder, name, state: saved.append(state["step"]))
+    monkeypatch.setattr("harness.trial.record_neurons", lambda *_: os.kill(os.getpid(), signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        train(tmp_path, [*quick, "--checkpoint-every", "100", "--neurons", "5"])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert saved == [6]
+
+
+def test_a_signal_that_saves_ends_no_run_that_saves_nothing(quick, tmp_path, monkeypatch):
+    """Kills: a run without --checkpoint-every that SIGUSR1 ends, which Slurm sends all alike."""
+    monkeypatch.setattr("harness.trial.record_neurons", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    train(tmp_path, [*quick, "--neurons", "5"])
+    (log,) = (tmp_path / "logs").glob("*.txt")
+    assert read(log).trials[0].complete
+
+
+def test_a_worker_does_not_outlive_its_launcher(quick, tmp_path):
+    """Kills: an orphan that trains on, and holds its GPU, when torchrun dies of a signal that it does not know."""
+    script = SELF_KILL.format(owner="train_gpt", name="update", calls=4, signal=int(signal.SIGUSR1)).replace(
+        "os.kill(os.getpid(), signal)", "parent = os.getppid(); os.kill(parent, signal)\n"
+        "        while os.getppid() == parent: pass")
+    (tmp_path / "orphan.py").write_text(script)
+    run = subprocess.run(["sh", "-c", '"$@"; true', "sh", sys.executable, "orphan.py", *quick, "--checkpoint-every", "100"],
+                         cwd=tmp_path, text=True, capture_output=True, timeout=60,
+                         env=os.environ | {"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                                           "PYTHONPATH": str(ROOT)})
+    assert run.returncode == -signal.SIGUSR1  # its output ends when the worker's does
+    assert run.stderr == f"train_gpt.py: stopped by a signal at step 5; --resume logs/{checkpoint_of(tmp_path).name} goes on\n"
+
+
+def test_files_of_other_names_stay_in_a_checkpoint(tmp_path):
+    """Kills: a state that a person has kept, or a note beside it, removed by the next checkpoint; old states that stay."""
+    write_checkpoint(tmp_path / "run", "seed0-step1.pt", {"x": torch.zeros(1)})
+    for name in ("best.pt", "notes.txt", "seed0-step2.part"):
+        (tmp_path / "run" / name).touch()
+    (tmp_path / "run" / "folder").mkdir()
+    write_checkpoint(tmp_path / "run", "seed0-step3.pt", {"x": torch.zeros(1)})
+    assert sorted(os.listdir(tmp_path / "run")) == ["best.pt", "folder", "manifest.json", "notes.txt", "seed0-step3.pt"]
+
+
+def test_what_a_person_types_for_resume(quick, tmp_path, monkeypatch):
+    """Kills: [Errno 20] for the file in the folder or for the log; another state than the one that is named; a card that
+    is too small to go on; a resumed run that calls itself another program."""
+    train(tmp_path, [*quick, "train_steps=9", "--checkpoint-every", "4"])
+    folder = checkpoint_of(tmp_path)
+    log = folder.with_suffix(".txt")
+    losses = read(log).trials[0].losses
+    for word in (folder / "seed0-step8.pt", log, folder.with_suffix(".jsonl"), folder / "manifest.json"):
+        train(tmp_path, ["--resume", str(word)])
+        assert read(log).trials[0].losses == losses
+    (folder / "best.pt").touch()
+    with pytest.raises(SystemExit, match="best.pt is not the file that .*manifest.json names"):
+        train(tmp_path, ["--resume", str(folder / "best.pt")])
+    other = tmp_path / "logs" / "older.checkpoint"
+    other.mkdir()
+    os.utime(other, (0, 0))
+    with pytest.raises(SystemExit, match=f"these are 2: give one; the newest is {folder}$"):
+        train(tmp_path, ["--resume", str(folder), str(other)])
+    train(tmp_path, ["--resume", str(folder), "micro_batch=1"])
+    assert "resumed: step 8, world_size 1, micro_batch 1\n" in log.read_text()
+    # each micro-batch's gradient is rounded to bf16
+    assert read(log).trials[0].losses == pytest.approx(losses, abs=1e-3)
+    assert read(log).trials[0].losses != losses
+    train(tmp_path, ["--resume", str(folder)])
+    assert read(log).trials[0].losses == losses
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(quick, tmp_path, monkeypatch, capsys):
+    """Kills: a log that tells the first machine alone; runs of two kinds of hardware that pass for one kind; the first
+    machine's name on a trial that the second has run whole."""
+    with monkeypatch.context() as patch:
+        patch.setattr("harness.checkpoint.write_checkpoint", lambda folder, name, state: name == "seed0-step6.pt" and
+                      write_checkpoint(folder, name, state))
+        train(tmp_path, [*quick, "--checkpoint-every", "3", "--trials", "2"])
+    folder = checkpoint_of(tmp_path)
+    monkeypatch.setattr("harness.log.processor", lambda: "CPU Other Machine, 9000")
+    train(tmp_path, ["--resume", str(folder)])
+    log = folder.with_suffix(".txt")
+    assert f"resumed: step 6, world_size 1, on CPU Other Machine, 9000, PyTorch {torch.__version__}, threads 1\n" in \
+        log.read_text()
+    first, second = read(log).trials
+    assert first.device.endswith(" and then CPU Other Machine, 9000") and second.device == "CPU Other Machine, 9000"
+    assert desk(["verify", str(log)]) == 2
+    assert "2 different devices: 1 on CPU " in capsys.readouterr().err
 
 
 def test_another_number_of_processes_goes_on(words, whole, tmp_path):
@@ -227,7 +320,7 @@ def test_run_sh_leaves_a_checkpoint_its_recipe(words, tmp_path):
     """Kills: @tiny before --resume, which takes no values, or over those of the run that a fork leaves."""
     (tmp_path / "run.sh").write_text((ROOT / "run.sh").read_text())
     (tmp_path / "requirements.txt").write_text("pins\n")
-    for name in ("pip", "python", "torchrun"):
+    for name in ("pip", "python"):
         stub = tmp_path / ".venv" / "bin" / name
         stub.parent.mkdir(parents=True, exist_ok=True)
         stub.write_text(f'#!/bin/sh\ncase "$*" in *find_gpus*) echo 0; exit;; esac\necho "{name} $*" >> calls\n')

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -545,6 +546,8 @@ def test_two_processes_in_one_folder(module, first, second, texts, tmp_path, gpt
     [
         ("local.py", ["{tmp}/nowhere"], "there is no such folder"),
         ("local.py", ["{tmp}", "--encoding", "bytes"], "ends within the validation shard"),
+        ("local.py", ["{tmp}/good.txt"], "good.txt is a file: give its folder"),
+        ("local.py", ["{tmp}/empty", "--encoding", "bytes"], "there is no text in the folders; skipped: 1 empty"),
         ("fineweb.py", ["{tmp}/nowhere.txt"], "No such file"),
         ("fineweb.py", ["{tmp}/table.csv"], "give .parquet, .jsonl, .txt files"),
         ("fineweb.py", ["{tmp}/bad.jsonl"], "no text after 1 good documents"),
@@ -555,6 +558,8 @@ def test_two_processes_in_one_folder(module, first, second, texts, tmp_path, gpt
 def test_errors_are_one_line(tmp_path, gpt2, program, arguments, message):
     """Catches a traceback, an exit code of 0, a hang, and half-written files where the input is at fault."""
     (tmp_path / "good.txt").write_text("text")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "0.txt").touch()
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"no": "text"}\n')
     pyarrow.parquet.write_table(pyarrow.table({"text": ["good", None]}), tmp_path / "null.parquet")
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
@@ -563,6 +568,57 @@ def test_errors_are_one_line(tmp_path, gpt2, program, arguments, message):
     assert result.stderr.startswith(f"data/{program}: ") and result.stderr.count("\n") == 1
     assert message in result.stderr
     assert not (tmp_path / "out").exists() or not contents(tmp_path / "out")
+
+
+def test_a_worker_that_is_killed_ends_the_program(tmp_path, monkeypatch):
+    """Catches a wait without end for the batch of a worker that the kernel has killed, and half-written shards."""
+    monkeypatch.setattr(fineweb, "encode", killed)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: None)
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(SystemExit, match="^x: a worker was killed"), shards.one_line_errors("x"):
+        fineweb.main([str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--shard-tokens", "1"])
+    assert not contents(tmp_path / "out")
+
+
+def killed(batch):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_blank_lines_are_no_documents(tmp_path, gpt2):
+    """Catches hours of tokenising that a blank line at the end of a file undoes."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n \n')
+    fineweb.main([str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--shard-tokens", "2"])
+    assert read(tmp_path / "out").tolist() == opened(gpt2.encode(text) for text in "ab")
+
+
+def test_what_was_read_and_skipped_is_told(tmp_path, capsys, monkeypatch):
+    """Catches a text that is left out without a word."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name, raw in (("a", b"text" * 99), ("b", b"text" * 99), ("c", b"more" * 99), ("d", b"\0"), ("e", b"\xff"), ("f", b"")):
+        (folder / name).write_bytes(raw)
+    local.main([str(folder), "--out", str(tmp_path / "out"), "--encoding", "bytes", "--val-tokens", "9"])
+    read, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("read "))
+    assert read.startswith("read 2 texts; skipped: ")
+    assert set(read.split(": ")[1].split(", ")) == {"1 copies of another", "1 binary", "1 not UTF-8", "1 empty"}
+
+
+def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch, capsys):
+    """Catches an end of the program on Lustre or NFS, where flock fails."""
+    def refuse(*_):
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr(shards.fcntl, "flock", refuse)
+    with shards.alone(tmp_path / "new"):
+        pass
+    assert "cannot be locked (Function not implemented)" in capsys.readouterr().out
+
+
+def test_a_signal_is_one_line():
+    """Catches half-made shards that a scheduler's SIGTERM, or a closed terminal, leaves behind."""
+    code = "import os, signal, shards\nwith shards.one_line_errors('x'): os.kill(os.getpid(), signal.{})"
+    for name in ("SIGTERM", "SIGHUP"):
+        ended = subprocess.run([sys.executable, "-c", code.format(name)], cwd=REPOSITORY / "data", capture_output=True)
+        assert (ended.returncode, ended.stderr) == (1, b"x: interrupted; nothing half-written is left\n")
 
 
 def test_an_interrupt_is_one_line():

@@ -305,6 +305,48 @@ def test_a_port_that_is_taken(machine, monkeypatch):
         assert found() == [f"port {number} of localhost cannot be opened: Address already in use"]
 
 
+def test_what_another_job_has_left(machine, monkeypatch):
+    """Kills: a traceback of the doctor over a variable that the trainer then names."""
+    machine(HEALTHY)
+    for name, value in (("WORLD_SIZE", "abc"), ("WORLD_SIZE", "0"), ("MASTER_PORT", "99999"), ("MASTER_PORT", "abc")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert doctor.doctor([])["plan"].splitlines()[0].endswith(", [] in 2 processes")
+
+
+def test_the_dry_run_has_the_persons_environment(monkeypatch):
+    """Kills: a PYTHONPATH of the machine's modules that the doctor drops and the run has; a variable of another job that
+    the doctor writes over, and the run stumbles on."""
+    monkeypatch.setattr(doctor, "PROBE", "import os, sys; print('{}', os.environ['WORLD_SIZE'], sep='\\n'); "
+                                         "print(os.environ['PYTHONPATH'])")
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    monkeypatch.setenv("PYTHONPATH", "/modules")
+    assert doctor.dry_run([], 2)[1].split() == ["abc", f"{ROOT}{os.pathsep}/modules"]
+
+
+def test_a_name_and_a_folder_that_torchrun_stumbles_on(machine, monkeypatch, tmp_path):
+    """Kills: "nothing found" where torchrun waits for minutes, or where two runs may write one log."""
+    machine(HEALTHY)
+    def fail(*_):
+        raise OSError(-2, "Name or service not known")
+    monkeypatch.setattr(doctor.socket, "gethostname", lambda: "nodns")
+    monkeypatch.setattr(doctor.socket, "getaddrinfo", fail)
+    assert found() == ["the host name nodns does not resolve: Name or service not known"]
+    monkeypatch.undo()
+    monkeypatch.setattr(doctor.fcntl, "flock", fail)
+    (finding,) = doctor.disk(tmp_path, 0)
+    assert not finding.ends and finding.what == f"{tmp_path} cannot be locked: Name or service not known"
+
+
+def test_a_package_that_a_training_does_without(machine):
+    """Kills: a run that ends because what only --wandb or a figure needs is missing."""
+    pinned = machine(HEALTHY)
+    pinned["wandb"] = None
+    assert doctor.doctor([])["verdict"] and found() == ["wandb is missing, pinned is 0.31.0"]
+    pinned["numpy"] = None
+    assert not doctor.doctor([])["verdict"]
+
+
 def test_the_run_itself(small, tmp_path, monkeypatch, capsys):
     """Kills: shards that nobody looked at before the GPUs start; a damaged one without its remedy."""
     monkeypatch.chdir(tmp_path)

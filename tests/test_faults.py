@@ -1,5 +1,6 @@
 """What a person sees where something is wrong, and what is left of a run: arguments, data, checkpoints, ranks."""
 
+import errno
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from conftest import ROOT, start, train, write_shard
 import train_gpt
 from harness.checkpoint import file_sha256, read_checkpoint, write_checkpoint
 from harness.heartbeat import Heartbeat
+from harness.log import commit
 from records.__main__ import main as desk
 from records.log import read
 from tests.drills.kill import checkpoint_of
@@ -109,6 +111,18 @@ FAULTS = [  # what is typed, what is planted, the line that a person reads
      "--seed 9223372036854775808 --trials 1: seeds are 0 to 2^63 - 1, trials at least 1"),
     (["--checkpoint-every", "-1"], nothing, "--checkpoint-every -1: a number of steps, or 0 for never"),
     ([], environment("WORLD_SIZE", "2"), "WORLD_SIZE=2 but no MASTER_ADDR: start the processes with torchrun"),
+    ([], environment("WORLD_SIZE", "abc"),
+     "WORLD_SIZE=abc in the environment: torchrun sets it to a number of at least 1; unset WORLD_SIZE"),
+    ([], environment("WORLD_SIZE", "0"),
+     "WORLD_SIZE=0 in the environment: torchrun sets it to a number of at least 1; unset WORLD_SIZE"),
+    ([], environment("MASTER_PORT", "99999"),
+     "MASTER_PORT=99999 in the environment: torchrun sets it to a number of at least 0 and at most 65535; unset "
+     "MASTER_PORT"),
+    ([], environment("RANK", "3"), "RANK=3 with WORLD_SIZE=1 in the environment: torchrun sets both; unset RANK"),
+    ([], environment("LOCAL_RANK", "1"),
+     "LOCAL_RANK=1 with RANK=0 in the environment: torchrun sets both; unset LOCAL_RANK"),
+    (["matrix_ir=1"], environment("LOCAL_RANK", "1"),
+     "LOCAL_RANK=1 with RANK=0 in the environment: torchrun sets both; unset LOCAL_RANK"),
     ([], environment("WORLD_SIZE", "3"),
      "batch_tokens=128 is 8 sequences, which 3 processes cannot share equally: start 2, or change batch_tokens"),
     ([SHARD], nothing,
@@ -298,6 +312,54 @@ def test_a_run_that_goes_on_runs_what_it_cuts_off(quick, tmp_path, monkeypatch):
     shutil.copy(log_of(tmp_path / "single"), tmp_path / "logs")
     train(tmp_path, ["--resume", f"logs/{checkpoint_of(tmp_path).name}"])
     assert [trial.losses for trial in read(path).trials] == losses and len(losses) == 3
+
+
+def test_what_is_no_log_is_skipped(quick, tmp_path, monkeypatch, capsys):
+    """Kills: --trials, or the desk, that a folder, a dangling link or another's file of that name keeps from starting."""
+    train(tmp_path, [*quick, "--trials", "2"])
+    (tmp_path / "logs" / "00.txt").mkdir()
+    (tmp_path / "logs" / "01.txt").symlink_to("/nonexistent")
+    capsys.readouterr()
+    train(tmp_path, [*quick, "--trials", "2"])
+    said = capsys.readouterr()
+    assert said.err == "skipped: logs/00.txt: Is a directory\nskipped: logs/01.txt: No such file or directory\n"
+    assert said.out.count("it is not run again") == 2
+    assert desk(["verify", str(tmp_path / "logs")]) == 0
+    assert "00.txt: Is a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_logs_that_cannot_be_locked(number, quick, tmp_path, monkeypatch, capsys):
+    """Kills: no training on Lustre or NFS, where flock fails; two empty files in logs/."""
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr("fcntl.flock", refuse)
+    train(tmp_path, quick)
+    assert read(log_of(tmp_path)).trials[0].complete
+    assert capsys.readouterr().err == (f"train_gpt.py: warning: logs/ cannot be locked ({os.strerror(number)}): see to it "
+                                       "that no other run resumes this log\n")
+
+
+def test_where_the_locale_is_ascii(quick, tmp_path):
+    """Kills: sources, recipes and logs that are read and written as the locale has it."""
+    for folder in ("harness", "kernels"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "aurora.py", tmp_path)
+    text = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
+    (tmp_path / "train_gpt.py").write_text(text + "# \u00e9\n", encoding="utf-8")
+    (tmp_path / "r").write_text("\n".join(quick) + "\n# \u00e9\n", encoding="utf-8")
+    run = start(["@r"], tmp_path, tmp_path / "train_gpt.py", LC_ALL="POSIX", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert run.returncode == 0, run.stderr
+    assert "# \u00e9" in log_of(tmp_path).read_text(encoding="utf-8")
+
+
+def test_the_commit_is_of_this_project(tmp_path):
+    """Kills: the commit of a repository around a copy of the project, which says nothing of it."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "a"], check=True)
+    (tmp_path / "copy").mkdir()
+    assert re.fullmatch("[0-9a-f]{40}", commit(tmp_path)) and commit(tmp_path / "copy") == "none"
 
 
 def meanwhile(monkeypatch, step: int, what):

@@ -118,11 +118,23 @@ def test_wandb_is_not_imported_when_off(small, tmp_path):
 def test_wandb_that_is_missing_is_named(monkeypatch, capsys):
     """Kills: a traceback after the data were loaded."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install wandb"):
+    with pytest.raises(SystemExit, match="--wandb needs the package: python -m pip install -r requirements.txt"):
         train_gpt.main(["--wandb", "offline"])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+
+
+@needs_wandb
+def test_wandb_without_a_key(small, tmp_path):
+    """Kills: a traceback; a log that holds a head alone."""
+    run = start([*small, "--wandb", "online"], tmp_path, HOME=str(tmp_path), WANDB_API_KEY="", NETRC=str(tmp_path / "none"))
+    assert run.returncode == 1
+    assert run.stderr.startswith("train_gpt.py: rank 0: --wandb online: No API key configured")
+    assert run.stderr.count("\n") == 1 and not list(tmp_path.glob("logs/*.txt"))
+
+
+@needs_wandb
 def test_wandb_offline(small, tmp_path):
     """Kills: a mirror in place of the sidecar; one that loses the second trial, whose steps begin again."""
     words = ["train_steps=8", "val_every=2", "--wandb", "offline", "--trials", "2"]

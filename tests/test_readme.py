@@ -74,39 +74,34 @@ def test_quoted_figures_are_those_of_the_results():
 
 def test_run_sh_with_gpus(tmp_path):
     """Kills: a start without data or without the checks, on another number of processes than there are GPUs, with
-    the tiny recipe, without the verdict or with that of a newer log, with arguments lost on the way; what the trainer
-    says swallowed, or written over in a file. Stubs stand for Python and torchrun."""
+    the tiny recipe, with arguments lost on the way, or as a part of what another job has left in the environment; a
+    launcher whose path is that of another clone. A stub stands for Python."""
     (tmp_path / "run.sh").write_text((ROOT / "run.sh").read_text())
     (tmp_path / "requirements.txt").write_text("pins\n")
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "newer.txt").touch()
-    for name in (".venv/bin/pip", ".venv/bin/python", ".venv/bin/torchrun"):
+    for name in (".venv/bin/pip", ".venv/bin/python"):
         stub = tmp_path / name
         stub.parent.mkdir(parents=True, exist_ok=True)
         stub.write_text('#!/bin/sh\ncase "$*" in *find_gpus*|*device_count*) echo 8; exit;; esac\n'
-                        'case "$*" in *--fineweb-shards*) echo 17;; *doctor*) echo well;; *verify*) echo PASS;; esac\n'
-                        'case "$0" in *torchrun) echo step; echo log: logs/a.txt;; esac\n'
-                        f'echo "{stub.name} $* WORLD_SIZE=$WORLD_SIZE" >> calls\n')
+                        'case "$*" in *--fineweb-shards*) echo 17;; *doctor*) echo well;; *torchrun*) echo step;; esac\n'
+                        f'echo "{stub.name} $* WORLD_SIZE=$WORLD_SIZE$RANK" >> calls\n')
         stub.chmod(0o755)
     (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")
     with open(tmp_path / "said", "w") as said:
         subprocess.run(["bash", "run.sh", "matrix_lr=0.9", "--seed", "3"], cwd=tmp_path, check=True, stdout=said,
-                       env={"PATH": "/usr/bin:/bin"})
-    assert (tmp_path / "said").read_text() == "well\nstep\nlog: logs/a.txt\nPASS\n"
+                       env={"PATH": "/usr/bin:/bin", "WORLD_SIZE": "3", "RANK": "2"})
+    assert (tmp_path / "said").read_text() == "well\nstep\n"
     assert (tmp_path / "calls").read_text().splitlines() == [
         "python train_gpt.py --fineweb-shards matrix_lr=0.9 --seed 3 WORLD_SIZE=",
         "python data/cached_fineweb10B.py 17 WORLD_SIZE=",
         "python -m harness.doctor -- matrix_lr=0.9 --seed 3 WORLD_SIZE=8",
-        "torchrun --standalone --nproc_per_node=8 train_gpt.py matrix_lr=0.9 --seed 3 WORLD_SIZE=",
-        "python -m records verify logs/a.txt WORLD_SIZE="]
+        "python -m harness.torchrun --standalone --nproc_per_node=8 train_gpt.py matrix_lr=0.9 --seed 3 WORLD_SIZE="]
 
 
 def test_run_sh_stops_where_the_doctor_finds_an_end(tmp_path):
-    """Kills: a paid start of what cannot run; a verdict on another run's log, or on none, where the trainer fails or
-    finds all its seeds finished."""
+    """Kills: a paid start of what cannot run; the end of the training that is not the script's."""
     (tmp_path / "run.sh").write_text((ROOT / "run.sh").read_text())
     (tmp_path / "requirements.txt").write_text("pins\n")
-    for name in ("pip", "python", "torchrun"):
+    for name in ("pip", "python"):
         stub = tmp_path / ".venv" / "bin" / name
         stub.parent.mkdir(parents=True, exist_ok=True)
         stub.write_text('#!/bin/sh\ncase "$*" in *find_gpus*) echo 0; exit;; esac\n'
