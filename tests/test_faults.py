@@ -324,7 +324,7 @@ def test_what_is_no_log_is_skipped(quick, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr()
     assert said.err == "skipped: logs/00.txt: Is a directory\nskipped: logs/01.txt: No such file or directory\n"
     assert said.out.count("it is not run again") == 2
-    assert desk(["verify", str(tmp_path / "logs")]) == 0
+    assert desk(["verify", str(tmp_path / "logs")]) == 1  # read and judged
     assert "00.txt: Is a directory" in capsys.readouterr().err
 
 
