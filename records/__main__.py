@@ -128,10 +128,10 @@ def lint(options: argparse.Namespace) -> int:
     return show(result, desk.text(result), options)
 
 
-@verb("plan logs/ --price 2.5 --gpus 8", LOGS, *READING, JSON,
+@verb("plan logs/ --price 2.5", LOGS, *READING, JSON,
       argument("--step", type=int, metavar="N", help="an evaluated step (default: the one that verify quotes)"),
       argument("--price", type=float, metavar="P", help="of a GPU for an hour"),
-      argument("--gpus", type=int, default=1, metavar="G", help="GPUs that a run takes (default 1)"))
+      argument("--gpus", type=int, metavar="G", help="that a run takes (default: as the log says)"))
 def plan(options: argparse.Namespace) -> int:
     """how likely n runs are to pass, how many more are needed, and what they cost"""
     from records import plan as desk

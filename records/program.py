@@ -21,6 +21,8 @@ ARITHMETIC = {
 TITLE = re.compile(
     r"^ *#{10,}\n *# +(?P<title>.+?) +#\n *#{10,}$|^ *# -{5,} (?P<part>.+?) SECTION -{5,}$", re.MULTILINE
 )
+# Track 1's logs have a second file under such lines, which are no Python; to the parser they are comments.
+SECOND = re.compile(rb"^-{20,}(?=(?:\r?\n# \S+\.py)?\r?$)", re.MULTILINE)
 FILE = re.compile(r"[\w./-]+\.py")  # a title over a whole file, in a program that was put together from several
 SEED = re.compile(rb"^SEED = \d+$", re.MULTILINE)  # result #31; `idle` passes over it
 
@@ -37,7 +39,12 @@ def parse_once(source: bytes) -> ast.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # doubtful escapes and the like: not for the reader of a log to mend
-            program = ast.parse(source)
+            try:
+                program = ast.parse(source)
+            except SyntaxError:
+                if b"\n# " not in source or not SECOND.search(source):
+                    raise
+                program = ast.parse(SECOND.sub(b"#", source))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: brackets nested too deep
         raise ValueError(str(error) or type(error).__name__) from None
     if not program.body:
