@@ -84,7 +84,9 @@ def summary(experiment: Experiment, hp, world: int) -> str:
     validations = sum(experiment.is_validation_step(step, hp) for step in range(hp.train_steps + 1))
     size = (f"{parameters:,} parameters, {hp.train_steps:,} steps of {hp.batch_tokens:,} tokens, "
             f"{validations} validations of {hp.val_tokens:,} tokens, world_size {world}")
-    return "\n".join([size, *departures(hp, experiment.rules)])
+    unseen = [] if torch.cuda.is_available() else [
+        "not checked, for want of a GPU: memory, kernels, compilation, what passes between GPUs, and the time of a step"]
+    return "\n".join([size, *departures(hp, experiment.rules), *unseen])
 
 
 ########################################

@@ -39,8 +39,8 @@ def figures(sample: Sample) -> dict:
     claim, passes = sample.claim(), sample.earliest() is not None and not sample.diverged
     if sample.foreign:
         passes = None
-    notes = [f"{len(sample.diverged)} diverged"] * bool(sample.diverged) + [sample.mixture] * bool(sample.mixture)
-    notes += [another(sample.foreign)] * bool(sample.foreign)
+    notes = [note for note in (f"{len(sample.diverged)} diverged" if sample.diverged else "", sample.mixture,
+                               another(sample.foreign)) if note]
     return {"used": claim.n, "target": sample.target, "step": claim.step, "mean": claim.mean,
             "statistic": judge(sample.moments[claim.step], sample.target).statistic, "passes": passes,
             "note": "; ".join(notes)}

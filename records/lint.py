@@ -8,6 +8,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from records.diff import TRAINER, program, rules
@@ -26,6 +27,8 @@ NUMBERS = {
                                             "train_max_seq_len")),
 }
 SHARDS = "harness/shards.py"
+SHARD = re.compile(r"""(["'])([^\s"']+\.bin)\1""")
+FINEWEB = re.compile(r"fineweb_(train|val)_[^/]*\.bin$")
 PACKAGES = {"torch", "numpy", "tqdm", "triton", "wandb"}  # that bring no optimizer of their own, but torch's
 TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
@@ -70,9 +73,11 @@ def check_track(source: bytes) -> list[tuple[str, str, str]]:
 
 def check_files(source: bytes) -> list[tuple[str, str, str]]:
     """The names of the shards, wherever they lie."""
-    names = [node.value for node in ast.walk(parse(source)) if isinstance(node, ast.Constant)
-             and isinstance(node.value, str) and re.fullmatch(r"\S+\.bin", node.value)]
-    others = [name for name in names if not re.search(r"fineweb_(train|val)_[^/]*\.bin$", name)]
+    others = [name for _, name in SHARD.findall(source.decode(errors="replace")) if not FINEWEB.search(name)]
+    # A quotation in a comment or a docstring is no name.
+    if others:
+        strings = {node.value for node in ast.walk(parse(source)) if isinstance(node, ast.Constant)}
+        others = [name for name in others if name in strings]
     return [("shards", "changed", f"reads {others[0]}, the rules' are fineweb_train_*.bin and fineweb_val_*.bin")
             ] if others else []
 
@@ -97,6 +102,7 @@ def check_shards(source: bytes, against: str | None) -> list[tuple[str, str, str
              f"{SHARDS}, against that of {Path(against).name if against else 'this project'}")]
 
 
+@cache
 def section_print(title: str, source: bytes) -> str | None:
     lines = sections(source).get(title)
     if lines is None:
@@ -108,7 +114,7 @@ def section_print(title: str, source: bytes) -> str | None:
 
 
 def check_numbers(source: bytes) -> list[tuple[str, str, str]]:
-    named = {name.removeprefix("Hyperparameters."): value for name, value in constants(source).items()}
+    named = {name.removeprefix("Hyperparameters."): value for name, value in constants(source, bodies=False).items()}
     found = []
     for field, value in rules().items():
         what, upstreams = NUMBERS.get(field, (field, (f"GPT({field})",)))

@@ -26,7 +26,7 @@ class Result(NamedTuple):
 
 
 def rows(name: str) -> list[dict[str, str]]:
-    with open(FOLDER / name, newline="") as file:
+    with open(FOLDER / name, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

@@ -126,7 +126,8 @@ def usable(trials: list[Trial]) -> list[Trial]:
 
 
 def another(reasons: list[str]) -> str:
-    return f"not a program of this track ({reasons[0]}{'; lint has more' * (len(reasons) > 1)})"
+    """What a verdict says of `Sample.foreign`; nothing where there is no reason."""
+    return "" if not reasons else f"not a program of this track ({reasons[0]}{'; lint has more' * (len(reasons) > 1)})"
 
 
 def progress(trial: Trial) -> str:
