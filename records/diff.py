@@ -18,7 +18,8 @@ def program(path: str) -> bytes:
     """The program at the head of a log, a .py file's text, or the one that all logs of a folder or glob ran, as its
     first log has it; ValueError says why there is none."""
     if path.isdigit() and not Path(path).exists():
-        raise ValueError(f"{path}: of published results the figures are here, not the programs: name a log or a .py file")
+        raise ValueError(f"{path}: of published results the figures are here, not the programs: "
+                         "name a log or a .py file")
     if not path.endswith(".py"):
         return shared_program(path)
     source = read_bytes(path)

@@ -4,8 +4,10 @@ Reads this project's logs and upstream's: of track 3, and of the other tracks fo
 """
 
 import glob
+import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from math import isfinite
@@ -221,3 +223,14 @@ def drop_repeats(logs: list[Log]) -> None:
             if original is not trial:
                 log.trials.remove(trial)
                 print(f"dropped: {trial.name} repeats {original.name}", file=sys.stderr)
+
+
+def put(path: Path | str, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file beside `path`, which then takes its place; where that fails, nothing stays."""
+    beside = Path(path).with_suffix(f".part{Path(path).suffix}")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise

@@ -1,6 +1,5 @@
 """`report`: one HTML page, readable from disk without a network: leaderboard, curves, tables. Charts are plotly's."""
 
-import os
 import textwrap
 from html import escape
 from pathlib import Path
@@ -9,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from records import leaderboard, published
-from records.log import load
+from records.log import load, put
 from records.sample import Sample, from_logs, from_published, groups
 from records.statistics import mean_crossing
 
@@ -53,9 +52,7 @@ def report(names: list[str], path: str, metric: str = "val_loss") -> None:
     page = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Steps to the target loss</title>'
             f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body>\n'
             + "\n".join(parts) + f"\n<script>{SORT}</script></body></html>\n")
-    beside = Path(path + ".part")
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, path)
+    put(path, lambda beside: beside.write_text(page, encoding="utf-8"))
 
 
 def short_name(path: str) -> str:
