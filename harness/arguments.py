@@ -109,8 +109,15 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="check arguments and data, say what would run, and stop")
     parser.add_argument("--fineweb-shards", action="store_true", help="say how many the run reads, and stop")
     parser.add_argument("--wandb", choices=("online", "offline"), help="mirror logs/NAME.jsonl to Weights & Biases")
-    parser.error = complain
+    parser.error = lambda message: complain(message + nearest_option(parser, message))
     return parser
+
+
+def nearest_option(parser: argparse.ArgumentParser, message: str) -> str:
+    """What argparse's message on an option that there is not leaves out."""
+    _, unknown, words = message.partition("unrecognized arguments: ")
+    word = words.split(" ")[0].partition("=")[0]
+    return f"; the nearest is {nearest(word, parser._option_string_actions)}" if unknown and word[:1] == "-" else ""
 
 
 def complain(message):

@@ -198,6 +198,8 @@ def launch(experiment: Experiment, argv: list[str]):
         shards = checked(start.hp, local_rank, world)
         if args.dry_run:
             print(summary(experiment, start.hp, world))
+            if not torch.cuda.is_available():
+                print("not checked, for want of a GPU: memory, kernels, compilation, what GPUs send each other, speed")
             return
         if world > 1 and "MASTER_ADDR" not in os.environ:
             raise ValueError(f"WORLD_SIZE={world} but no MASTER_ADDR: start the processes with torchrun")

@@ -8,10 +8,12 @@ is no, 2 where the input is unusable.
 import argparse
 import gc
 import json
+import re
 import shutil
 import signal
 import sys
 import textwrap
+from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,7 +22,11 @@ def main(arguments: list[str] | None = None) -> int:
         return options.run(options)
     except ImportError as error:
         print(f"records: {error}: pip install -r requirements.txt", file=sys.stderr)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        # What is written is written beside first, under a name with .part, which is no person's file.
+        name = re.sub(r"\.part(?=\.\w+$|$)", "", str(error.filename or "a file"))
+        print(f"records: {name}: {(error.strerror or str(error)).lower()}", file=sys.stderr)
+    except ValueError as error:
         print(f"records: {error}", file=sys.stderr)
     return 2
 
@@ -49,6 +55,15 @@ def fold(text: str) -> str:
     lines = (textwrap.wrap(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
              if len(line) > width and line[0].isalnum() else [line] for line in text.split("\n"))
     return "\n".join(part for parts in lines for part in parts)
+
+
+def free(output: str | None) -> str | None:
+    """The file that -o names, in a folder that exists, before there is work to lose."""
+    if output and Path(output).is_dir():
+        raise ValueError(f"-o {output} is a folder: name a file in it")
+    if output and not Path(output).parent.is_dir():
+        raise ValueError(f"-o {output}: there is no folder {Path(output).parent}")
+    return output
 
 
 VERBS = []
@@ -128,10 +143,10 @@ def lint(options: argparse.Namespace) -> int:
     return show(result, desk.text(result), options)
 
 
-@verb("plan logs/ --price 2.5 --gpus 8", LOGS, *READING, JSON,
+@verb("plan logs/ --price 2.5", LOGS, *READING, JSON,
       argument("--step", type=int, metavar="N", help="an evaluated step (default: the one that verify quotes)"),
       argument("--price", type=float, metavar="P", help="of a GPU for an hour"),
-      argument("--gpus", type=int, default=1, metavar="G", help="GPUs that a run takes (default 1)"))
+      argument("--gpus", type=int, metavar="G", help="that a run takes (default: as the log says)"))
 def plan(options: argparse.Namespace) -> int:
     """how likely n runs are to pass, how many more are needed, and what they cost"""
     from records import plan as desk
@@ -148,8 +163,9 @@ def plot(options: argparse.Namespace) -> int:
     """draw sets of runs, each a folder, a quoted glob, or a published result's number"""
     from records import plot as desk
     from records.sample import from_published, gather
+    output = free(options.output)
     sets = [gather([name], options.mixed, options.metric) for name in options.sets]
-    desk.plot(sets, [from_published(record) for record in options.over], options.output)
+    desk.plot(sets, [from_published(record) for record in options.over], output)
     print(options.output)
     return 0
 
@@ -159,7 +175,7 @@ def plot(options: argparse.Namespace) -> int:
 def report(options: argparse.Namespace) -> int:
     """one HTML page that needs no network: leaderboard, curves to hover, zoom and switch, tables that sort"""
     from records import report as desk
-    desk.report(options.logs, options.output, options.metric)
+    desk.report(options.logs, free(options.output), options.metric)
     print(options.output)
     return 0
 
@@ -177,7 +193,7 @@ def list_(options: argparse.Namespace) -> int:
 def neurons(options: argparse.Namespace) -> int:
     """which neurons of the MLPs take part, in a run with --neurons K"""
     from records import neurons as desk
-    desk.neurons(options.log, options.output)
+    desk.neurons(options.log, free(options.output))
     return 0
 
 
@@ -185,10 +201,12 @@ def neurons(options: argparse.Namespace) -> int:
       argument("-o", metavar="FILE", dest="output", help="write it to a new file"))
 def extract(options: argparse.Namespace) -> int:
     """the program that ran, byte for byte"""
-    from records.log import read
-    source = read(options.log).source
-    if options.output:
-        with open(options.output, "xb") as file:  # a program already there is never overwritten
+    from records.diff import program
+    source = program(options.log)
+    if free(options.output):
+        if Path(options.output).exists():
+            raise ValueError(f"-o {options.output} is there already, and is not overwritten: name another file")
+        with open(options.output, "xb") as file:
             file.write(source)
     else:
         sys.stdout.buffer.write(source)
@@ -198,5 +216,7 @@ def extract(options: argparse.Namespace) -> int:
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):  # not on Windows; `extract LOG | head` then ends quietly
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding ends no verb
+        stream.reconfigure(errors="backslashreplace")
     gc.disable()  # syntax trees are many small objects: looking for garbage among them doubles the time
     sys.exit(main())

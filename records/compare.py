@@ -3,7 +3,7 @@
 from math import inf, sqrt
 from string import ascii_uppercase as LETTERS
 
-from records.sample import Sample
+from records.sample import Sample, another
 from records.statistics import (
     SCHEDULE_RATE,
     Difference,
@@ -39,7 +39,8 @@ def describe(sample: Sample) -> dict:
     crossing = mean_crossing(sample.moments, sample.target)
     return {"name": sample.name, "n": sample.n, "started": len(sample.trials) or sample.n,
             "diverged": len(sample.diverged), "train_steps": sample.train_steps, "claim": sample.claim()._asdict(),
-            "crossing": crossing._asdict(), "rate": rate(sample), "mixed": sample.mixture}
+            "crossing": crossing._asdict(), "rate": rate(sample), "mixed": sample.mixture, "foreign": sample.foreign,
+            "metric": sample.metric}
 
 
 def rate(sample: Sample) -> float | None:
@@ -55,10 +56,14 @@ def rate(sample: Sample) -> float | None:
 def describe_pair(new: Sample, old: Sample) -> dict:
     shared = [step for step in new.moments if step in old.moments and step > 0]
     same = new.recipes == old.recipes if new.recipes else False
+    rule = pairwise(new.claim(), old.claim())
+    if new.foreign or old.foreign:
+        rule = rule._replace(passes=False)
     return {
         "new": new.name, "old": old.name, "same_program": same,
         "same_schedule": new.train_steps == old.train_steps,
-        "rule": pairwise(new.claim(), old.claim())._asdict(),
+        "rule": rule._asdict(),
+        "foreign": {sample.name: sample.foreign for sample in (new, old) if sample.foreign},
         "crossing": crossing_difference(new, old),
         "steps": [step_difference(step, new, old) for step in shared],
         "paired": pair_by_seed(new, old, shared),
@@ -124,6 +129,7 @@ def text(result: dict, every_step: bool = False) -> str:
         missing = at["started"] - at["claim"]["n"]
         lines.append(f"     {at['name']}" + f": {missing} of {at['started']} runs not used" * (missing > 0))
         lines += [f"     mixed: {at['mixed']}"] * bool(at["mixed"])
+        lines += [f"     of its {at['metric']}"] * (at["metric"] != "val_loss")
     for letter, pair in zip(LETTERS[1:], result["pairs"]):
         lines += ["", *pair_text("A", letter, pair, every_step)]
     return "\n".join(lines)
@@ -151,6 +157,9 @@ def pair_text(a: str, b: str, pair: dict, every_step: bool) -> list[str]:
     if at := pair["paired"]:
         lines.append(f"paired by seed at step {at['step']}, {at['pairs']} pairs: {at['difference']:+.5f} +- "
                      f"{at['half_width']:.5f}, p {tell(at['p'], '= ')}")
+    if pair["foreign"]:
+        name, reasons = next(iter(pair["foreign"].items()))
+        return [*lines, f"NO VERDICT on {a} and {b}: {name} is {another(reasons)}"]
     rule = pair["rule"]
     return [*lines, f"official pairwise rule, {SCHEDULE_RATE} nats per 100 steps between schedules:",
             f"{rule['statistic']:+.5f} (0.004 is asked), p = {rule['p']:.2g}: "

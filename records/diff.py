@@ -6,7 +6,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from records.log import read, read_bytes
+from records.log import Log, expand, read, read_bytes
 from records.program import constants, parse, recipe, sections
 
 TRAINER = Path(__file__).resolve().parent.parent / "train_gpt.py"
@@ -15,9 +15,13 @@ FIXED_SECTIONS = ("data", "model", "evaluation")
 
 
 def program(path: str) -> bytes:
-    """The program at the head of a log, or a .py file's text; ValueError says why a file is neither."""
+    """The program at the head of a log, a .py file's text, or the one that all logs of a folder or glob ran, as its
+    first log has it; ValueError says why there is none."""
+    if path.isdigit() and not Path(path).exists():
+        raise ValueError(f"{path}: of published results the figures are here, not the programs: "
+                         "name a log or a .py file")
     if not path.endswith(".py"):
-        return read(path).source
+        return shared_program(path)
     source = read_bytes(path)
     try:
         parse(source)
@@ -26,14 +30,30 @@ def program(path: str) -> bytes:
     return source
 
 
+def shared_program(path: str) -> bytes:
+    files = expand([path])
+    if len(files) == 1:
+        return read(files[0]).source
+    found: dict[str, Log] = {}
+    for file in files:
+        try:
+            log = read(file)
+        except ValueError:  # other files of a folder
+            continue
+        found.setdefault(recipe(log.source), log)
+    if len(found) != 1:
+        examples = f", as {' and '.join(log.path for log in list(found.values())[:2])}" if found else ""
+        raise ValueError(f"{path} holds logs of {len(found)} different programs{examples}: name one log")
+    return next(iter(found.values())).source
+
+
 @cache
 def rules() -> dict[str, object]:
     """{field of Hyperparameters: its value by the rules}, as train_gpt.py has them."""
-    for node in parse(program(str(TRAINER))).body:
-        match node:
-            case ast.Assign([ast.Name("RULES")], value):
-                return ast.literal_eval(value)
-    raise ValueError(f"{TRAINER} has no RULES: take it from the repository")
+    found = re.search(r"^RULES = (\{.*?\})$", TRAINER.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    if not found:
+        raise ValueError(f"{TRAINER} has no RULES: take it from the repository")
+    return ast.literal_eval(found[1])
 
 
 @cache

@@ -5,10 +5,11 @@ from pathlib import Path
 from records import published
 from records.log import Log, load
 from records.program import recipe
-from records.sample import Sample, from_logs, groups
+from records.sample import Sample, another, from_logs, groups
 from records.statistics import judge
 
 RECORDS = Path(__file__).resolve().parent
+RULE = {True: "PASS", False: "FAIL", None: "-"}  # None: the rule is not for this program
 
 
 def leaderboard(names: list[str], metric: str = "val_loss") -> dict:
@@ -36,7 +37,10 @@ def figures(sample: Sample) -> dict:
     if not sample.moments:
         return {"used": 0, "note": "no finished run"}
     claim, passes = sample.claim(), sample.earliest() is not None and not sample.diverged
-    notes = [note for note in (f"{len(sample.diverged)} diverged" if sample.diverged else "", sample.mixture) if note]
+    if sample.foreign:
+        passes = None
+    notes = [note for note in (f"{len(sample.diverged)} diverged" if sample.diverged else "", sample.mixture,
+                               another(sample.foreign)) if note]
     return {"used": claim.n, "target": sample.target, "step": claim.step, "mean": claim.mean,
             "statistic": judge(sample.moments[claim.step], sample.target).statistic, "passes": passes,
             "note": "; ".join(notes)}
@@ -57,7 +61,7 @@ def text(result: dict) -> str:
         where = f"{place.parent.name}/{place.name}" + f" and {row['logs'] - 1} more" * (row["logs"] > 1)
         figures = "      -         -     -       -"
         if row["used"]:
-            figures = (f"{row['step']:>7}{row['mean']:>10.5f}{'PASS' if row['passes'] else 'FAIL':>6}"
+            figures = (f"{row['step']:>7}{row['mean']:>10.5f}{RULE[row['passes']]:>6}"
                        f"{row['target']:>8g}")
         lines.append(f"{row['program']}{row['runs']:>6}{row['used']:>6}{figures}  {where}"
                      + f" ({row['note']})" * bool(row["note"]))

@@ -1,30 +1,35 @@
 """A log: the program that ran, a line of `=`, facts, that line again, then one curve a trial.
 
-Reads this project's logs and upstream's (track 3).
+Reads this project's logs and upstream's: of track 3, and of the other tracks for their curves.
 """
 
 import glob
+import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from math import isfinite
 from pathlib import Path
 
-from records.program import parse
+from records.program import SOURCE_BYTES, parse
 
 SEPARATOR = re.compile(rb"^={50,}\r?$\n?", re.MULTILINE)
-# The next `name:`, which must follow a loss, rejects one whose digits are cut off or apart; a second `step:`, one that
-# belongs to another line.
-LINE = r"""^(?: (?:Using\ )?seed[:=]\ ?(?P<seed>\d+)$
+# The next `name:`, which must follow a loss, rejects one whose digits are cut off or apart; a second `step:` (but not
+# result #42's `ref_step:`), one that belongs to another line.
+LINE = r"""^(?: (?:Using\ |trial:\d+/\d+\ )?seed[:=]\ ?(?P<seed>\d+)$
     | failed:\ (?P<failed>.+)
     | (?P<resumed>resumed:)\ step\ \d+,\ world_size\ \d+(?:,\ micro_batch\ \d+)?(?:,\ on\ (?P<on>.+),\ PyTorch\ .*)?$
-    | step:(?P<step>\d+)/(?P<train_steps>\d+)\ (?!.*step:)(?:.*\ )?
+    | step:(?P<step>\d+)/(?P<train_steps>\d+)\ (?!.*(?:(?<!_)step:|step:\d+/))(?:.*\ )?
       METRIC:(?P<loss>-?(?:nan|inf|\d+(?:\.\d+)?))(?=\ +\w+:)
       (?:.*\ train_time:(?P<time>\d+(?:\.\d+)?)(?P<unit>ms|s)\b)? )"""
 LOG_BYTES = 2**24  # at most; a hundred runs of a published program, validated every five steps, are a tenth of that
 NOT_NAMED = "a device that the log does not name"
-MACHINE = re.compile(r"^Running .* on (?P<device>.+?) +with world_size (?P<world>\d+)", re.MULTILINE)
+# Upstream's two forms, the first of which is ours; the other tracks have a table, which does not tell the world.
+MACHINE = re.compile(r"^Running (?:.* )?on (?:device_name=)?(?P<device>\S.*?) +with world_size[ =](?P<world>\d+)",
+                     re.MULTILINE)
+TABLE = re.compile(r"^(?:\| +)?\d+ +(?P<device>(?:NVIDIA|Tesla|GeForce)\b.*?) {2,}", re.MULTILINE)
 
 
 @dataclass
@@ -71,6 +76,7 @@ class Log:
     source: bytes  # byte for byte, so that its hash is that of the program that ran
     facts: dict[str, list[str]]  # some names recur, one line a shard
     trials: list[Trial]
+    unread: list[str] = field(default_factory=list)  # lines with a step and a loss that cannot be told
 
 
 def read(path: Path | str, metric: str = "val_loss") -> Log:
@@ -89,22 +95,38 @@ def read_bytes(path: Path | str) -> bytes:
 
 def interpret(path: str, content: bytes, metric: str = "val_loss") -> Log:
     source, *rest = SEPARATOR.split(content, maxsplit=2)
+    if rest and not source.strip():  # the oldest of track 1 begin with the line
+        source, *rest = SEPARATOR.split(content, maxsplit=3)[1:]
     if not rest:
         raise ValueError(f"{path} is no log: it has no line of =")
-    try:
-        parse(source)
-    except ValueError as error:
-        raise ValueError(f"{path} is no log: no program before its line of = ({error})") from None
+    source, after = split_program(path, source)
     # A program that died between the two lines of = leaves one.
     *facts, body = (part.decode(errors="replace").replace("\r\n", "\n") for part in rest)
-    header = "".join(facts)
-    trials = read_trials(path, body, metric)
-    if machine := MACHINE.search(header):
+    header = after.decode(errors="replace") + "".join(facts)
+    trials, unread = read_trials(path, body, metric)
+    if machine := MACHINE.search(header) or MACHINE.search(body) or TABLE.search(header) or TABLE.search(body):
         for trial in trials:
-            trial.world = int(machine["world"])
+            trial.world = int(machine.groupdict().get("world", 0))
             trial.places = list(dict.fromkeys(place or machine["device"] for place in trial.places))
             trial.device = " and then ".join(trial.places)
-    return Log(path, source, read_facts(header), trials)
+    return Log(path, source, read_facts(header), trials, unread)
+
+
+def split_program(path: str, head: bytes) -> tuple[bytes, bytes]:
+    """The program, and the line after it where there is one that is none of its own: result #16's log has a path."""
+    try:
+        parse(head)
+        return head, b""
+    except ValueError as error:
+        reason = error
+    program, newline, line = head.rstrip().rpartition(b"\n")
+    try:
+        if line[:1].isspace() or len(head) > SOURCE_BYTES:  # a statement that is cut off
+            raise ValueError
+        parse(program + newline)
+        return program + newline, head[len(program + newline):]
+    except ValueError:
+        raise ValueError(f"{path} is no log: no program before its line of = ({reason})") from None
 
 
 def read_facts(text: str) -> dict[str, list[str]]:
@@ -121,10 +143,12 @@ def line_pattern(metric: str) -> re.Pattern:
     return re.compile(LINE.replace("METRIC", re.escape(metric)), re.MULTILINE | re.VERBOSE)
 
 
-def read_trials(path: str, body: str, metric: str) -> list[Trial]:
-    """The trials of a log's last part: at least one, without losses where it died before any."""
-    trials = [Trial()]
+def read_trials(path: str, body: str, metric: str) -> tuple[list[Trial], list[str]]:
+    """The trials of a log's last part: at least one, without losses where it died before any; and the lines whose loss
+    cannot be told."""
+    trials, losses = [Trial()], 0
     for line in line_pattern(metric).finditer(body):
+        losses += line["step"] is not None
         trial, step = trials[-1], int(line["step"] or 0)
         last = next(reversed(trial.losses), -1)  # steps rise within a trial
         if line["step"] and step == last and float(line["loss"]) == trial.losses[step]:
@@ -146,7 +170,13 @@ def read_trials(path: str, body: str, metric: str) -> list[Trial]:
                 trial.train_time = float(line["time"]) / (1000 if line["unit"] == "ms" else 1)
     for k, trial in enumerate(trials, 1):
         trial.name = path if len(trials) == 1 else f"{path} trial {k}"
-    return trials
+    return trials, unread(body, metric) if body.count(f" {metric}:") > losses else []
+
+
+def unread(body: str, metric: str) -> list[str]:
+    """The lines with a step and this loss from which `LINE` takes none: it is cut off, or two lines became one."""
+    known, said = line_pattern(metric), re.compile(rf"step:\d+/\d+ (?:.* )?{re.escape(metric)}:")
+    return [line for line in body.splitlines() if said.search(line) and not known.match(line)]
 
 
 def expand(names: list[str]) -> list[Path]:
@@ -173,12 +203,16 @@ def load(names: list[str], metric: str = "val_loss") -> list[Log]:
         except ValueError as error:
             skipped.append(str(error))
         except OSError as error:  # a folder or a dangling link of that name, somebody else's file
-            skipped.append(f"{path}: {error.strerror}")
+            skipped.append(f"{path} cannot be read: {error.strerror}")
     if not logs:
         others = f" (nor are {len(skipped) - 1} other files)" if len(skipped) > 1 else ""
         raise ValueError(skipped[0] + others if skipped else f"no .txt in {' '.join(names)}")
     for reason in skipped:
         print(f"skipped: {reason}", file=sys.stderr)
+    for log in logs:
+        if log.unread:
+            more = f" and {len(log.unread) - 1} more" * (len(log.unread) > 1)
+            print(f"skipped: {log.path}: no whole loss in the line {log.unread[0][:80]!r}{more}", file=sys.stderr)
     drop_repeats(logs)
     return logs
 
@@ -195,3 +229,14 @@ def drop_repeats(logs: list[Log]) -> None:
             if original is not trial:
                 log.trials.remove(trial)
                 print(f"dropped: {trial.name} repeats {original.name}", file=sys.stderr)
+
+
+def put(path: Path | str, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file beside `path`, which then takes its place; where that fails, nothing stays."""
+    beside = Path(path).with_suffix(f".part{Path(path).suffix}")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise

@@ -8,13 +8,14 @@ a score of 0.1 of the mean is a row of a third of the usual length.
 """
 
 import json
-import os
 import sys
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
+
+from records.log import put
 
 TEXT_BYTES = 2**30  # of a file, at most: GPT-2 small with --neurons 4
 CRITERIA = ("leverage", "gradient", "update")
@@ -143,9 +144,7 @@ def draw(looks: list[Look], path: Path, since: int, below: float = 0.1):
         draw_spread(row[0], of_kind, kind, below)
         draw_low(row[1], of_kind, kind, below)
         draw_persistent(row[2], looks, kind, since, below)
-    part = Path(f"{path}.part")
-    figure.savefig(part, format=path.suffix[1:] or "png", dpi=110)
-    os.replace(part, path)
+    put(path, lambda beside: figure.savefig(beside, format=path.suffix[1:] or "png", dpi=110))
 
 
 def grouped(looks: list[Look], *names: str) -> dict:

@@ -3,7 +3,7 @@
 from math import inf, sqrt
 
 from records.program import UPSTREAM_TARGET
-from records.sample import Sample
+from records.sample import Sample, another
 from records.statistics import NOISE, THRESHOLD, Moments, judge, normal_cdf, smallest, t_cdf
 
 SIZES = (1, 2, 4, 6, 8, 10, 12, 16, 20, 30, 40)
@@ -12,16 +12,20 @@ STOPPING = ("note: the rule's p < .001 is for one look. Looked at after every ru
             "the target in 0.3% of cases by n = 4, 0.5% by 10, 0.8% by 20. Fix n first, or say that runs were added")
 
 
-def plan(sample: Sample, step: int | None, price: float | None, gpus: int) -> dict:
-    """At one evaluated step: by default the earliest to pass, or else the last."""
+def plan(sample: Sample, step: int | None, price: float | None, gpus: int | None = None) -> dict:
+    """At one evaluated step: by default the earliest to pass, or else the last; on as many GPUs as the log says."""
     if not sample.moments:
         raise ValueError(f"{sample.name}: no run can be used")
+    if sample.foreign:
+        raise ValueError(f"{sample.name} is {another(sample.foreign)}: its rule does not apply")
     step = sample.claim().step if step is None else step
     if step not in sample.moments:
         raise ValueError(f"step {step} was not evaluated by all runs: the last is {max(sample.moments)}")
     at = sample.moments[step]
     sd, df = spread(at, sample.target)
-    seconds = sample.seconds()
+    typical = sample.typical()
+    seconds = typical and typical.train_time
+    gpus = gpus or (typical and typical.world) or 1
     rows = [row(n, at, sample.target, sd, df) for n in sorted({*SIZES, at.n})]
     needed = {goal: smallest(lambda n: fresh(n, at.mean, sample.target, sd) >= goal) for goal in (0.5, 0.9)}
     for line in rows:
@@ -78,7 +82,8 @@ def text(result: dict) -> str:
              f"statistic {result['statistic']:+.5f}",
              f"deviation between runs: {result['noise']:.5f} ({source})"]
     if result["seconds"]:
-        lines.append(f"a run trains for {result['seconds']:.0f} s")
+        lines.append(f"a run trains for {result['seconds']:.0f} s"
+                     + f" on {result['gpus']} GPU{'s' * (result['gpus'] > 1)}" * (result["price"] is not None))
     lines += [f"mixed: {result['mixed']}"] * bool(result["mixed"])
     lines.append("   n  P(pass), all new  P(pass), added to these" + "     hours" * bool(result["seconds"])
                  + "      cost" * (result["sizes"][0]["cost"] is not None))

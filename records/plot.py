@@ -1,11 +1,11 @@
 """`plot`: every run faint, the mean bold, the target, a zoom on the crossing; published results as background."""
 
-import os
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from records.log import put
 from records.sample import Sample
 from records.statistics import mean_crossing
 
@@ -28,6 +28,8 @@ def plot(sets: list[Sample], background: list[Sample], path: str) -> None:
     targets = {sample.target for sample in (*sets, *background)}
     if len(targets) > 1:
         raise ValueError(f"targets {sorted(targets)}: their losses are not of one kind")
+    if len(metrics := {sample.metric for sample in (*sets, *background)}) > 1:
+        raise ValueError(f"{' and '.join(sorted(metrics))}: these losses are not of one kind")
     figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
     whole, zoom = figure.subplots(1, 2)
     for axes in (whole, zoom):
@@ -89,6 +91,4 @@ def frame(whole: Axes, zoom: Axes, sets: list[Sample], target: float) -> None:
 
 
 def save(figure: Figure, path: str) -> None:
-    beside = Path(path).with_suffix(".part" + Path(path).suffix)
-    figure.savefig(beside, metadata={"Date": None} if beside.suffix == ".svg" else None)
-    os.replace(beside, path)
+    put(path, lambda beside: figure.savefig(beside, metadata={"Date": None} if beside.suffix == ".svg" else None))

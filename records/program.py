@@ -21,15 +21,18 @@ ARITHMETIC = {
 TITLE = re.compile(
     r"^ *#{10,}\n *# +(?P<title>.+?) +#\n *#{10,}$|^ *# -{5,} (?P<part>.+?) SECTION -{5,}$", re.MULTILINE
 )
+# Track 1's logs have a second file under such lines, which are no Python; to the parser they are comments.
+SECOND = re.compile(rb"^-{20,}(?=(?:\r?\n# \S+\.py)?\r?$)", re.MULTILINE)
 FILE = re.compile(r"[\w./-]+\.py")  # a title over a whole file, in a program that was put together from several
-SEED = re.compile(rb"^SEED = \d+$", re.MULTILINE)  # result #31; `idle` passes over it
+# Result #31's; `idle` passes over it. Search is a hundred times as fast for letters as for ^.
+SEED = re.compile(rb"\nSEED = \d+$", re.MULTILINE)
 
 
 def parse(source: bytes) -> ast.Module:
     """The program, to be read only; ValueError says why `source` is none."""
     if len(source) > SOURCE_BYTES:
         raise ValueError(f"{len(source) / 1e6:.0f} MB, larger than any")
-    return parse_once(SEED.sub(b"SEED = 0", source))
+    return parse_once(SEED.sub(b"\nSEED = 0", source))
 
 
 @cache  # twenty logs of one program are parsed once, also where each has its seed as a literal
@@ -37,7 +40,12 @@ def parse_once(source: bytes) -> ast.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # doubtful escapes and the like: not for the reader of a log to mend
-            program = ast.parse(source)
+            try:
+                program = ast.parse(source)
+            except SyntaxError:
+                if b"\n# " not in source or not SECOND.search(source):
+                    raise
+                program = ast.parse(SECOND.sub(b"#", source))
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: brackets nested too deep
         raise ValueError(str(error) or type(error).__name__) from None
     if not program.body:
@@ -155,16 +163,15 @@ def section_name(title: str) -> str:
     return known.get(words, words)
 
 
-def constants(source: bytes) -> dict[str, str]:
+def constants(source: bytes, bodies: bool = True) -> dict[str, str]:
     """Every name that is given a literal: fields, assignments, defaults of parameters, keywords of calls.
 
     `Muon(lr)` is the keyword lr where Muon is called; a name that recurs is numbered from its second time on.
+    Without `bodies`, none from within functions and classes, but for `class Hyperparameters`.
     """
     found: dict[str, str] = {}
 
-    def note(name: str, value: ast.expr | None) -> None:
-        if value is None or not literal(value):
-            return
+    def note(name: str, value: ast.expr) -> None:
         count, key = 1, name
         while key in found:
             count += 1
@@ -179,16 +186,19 @@ def constants(source: bytes) -> dict[str, str]:
             case ast.FunctionDef(name, arguments):
                 inner = f"{scope}{name}."
                 for argument, value in defaults(arguments):
-                    note(f"{scope}{name}({argument})", value)
-            case ast.Assign(targets, value):
+                    if literal(value):
+                        note(f"{scope}{name}({argument})", value)
+            case ast.Assign(targets, value) if literal(value):
                 for place in targets:
                     note(scope + ast.unparse(place), value)
-            case ast.AnnAssign(place, _, value):
+            case ast.AnnAssign(place, _, value) if literal(value):
                 note(scope + ast.unparse(place), value)
-            case ast.Call(function, _, keywords):
+            case ast.Call(function, _, keywords) if given := [word for word in keywords if literal(word.value)]:
                 call = scope + ast.unparse(function) + group(keywords)
-                for keyword in keywords:
+                for keyword in given:
                     note(f"{call}({keyword.arg})", keyword.value)
+        if inner != scope and inner != "Hyperparameters." and not bodies:
+            return
         for child in ast.iter_child_nodes(node):
             if not (isinstance(child, ast.stmt) and idle(child, node)):
                 visit(child, inner)
@@ -208,7 +218,7 @@ def group(keywords: list[ast.keyword]) -> str:
     return "".join(f"[{ast.unparse(keyword.value)}]" for keyword in keywords if keyword.arg == "params")
 
 
-def literal(expression: ast.expr) -> bool:
+def literal(expression: ast.expr | None) -> bool:
     """A constant, arithmetic of numbers, or a tuple, list or dictionary of such."""
     match expression:
         case ast.Constant():

@@ -1,6 +1,5 @@
 """`report`: one HTML page, readable from disk without a network: leaderboard, curves, tables. Charts are plotly's."""
 
-import os
 import textwrap
 from html import escape
 from pathlib import Path
@@ -9,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from records import leaderboard, published
-from records.log import load
+from records.log import load, put
 from records.sample import Sample, from_logs, from_published, groups
 from records.statistics import mean_crossing
 
@@ -53,9 +52,7 @@ def report(names: list[str], path: str, metric: str = "val_loss") -> None:
     page = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Steps to the target loss</title>'
             f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body>\n'
             + "\n".join(parts) + f"\n<script>{SORT}</script></body></html>\n")
-    beside = Path(path + ".part")
-    beside.write_text(page, encoding="utf-8")
-    os.replace(beside, path)
+    put(path, lambda beside: beside.write_text(page, encoding="utf-8"))
 
 
 def short_name(path: str) -> str:
@@ -66,10 +63,9 @@ def published_samples() -> list[Sample]:
     """Those results whose curves are public."""
     samples = []
     for record in published.results():
-        try:
-            samples.append(from_published(record))
-        except ValueError:  # #46: of another metric
-            continue
+        sample = from_published(record)
+        if sample.metric == "val_loss":  # not so #46's
+            samples.append(sample)
     return samples
 
 
@@ -144,7 +140,7 @@ def own_table(logs: list, metric: str) -> str:
         used = row["used"] > 0
         rows.append([short_name(row["first"]), row["program"], row["device"], row["runs"], row["used"],
                      row["step"] if used else "", f"{row['mean']:.5f}" if used else "",
-                     ("PASS" if row["passes"] else "FAIL") if used else "", f"{row['target']:g}" if used else "",
+                     leaderboard.RULE[row["passes"]] if used else "", f"{row['target']:g}" if used else "",
                      row["note"]])
     return table(["first log", "program", "device", "runs", "used", "step", "mean", "rule", "target", "note"], rows)
 

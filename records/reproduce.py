@@ -21,7 +21,7 @@ hold for one look at the runs.
 from math import sqrt
 
 from records.compare import tell
-from records.sample import Sample
+from records.sample import Sample, another
 from records.statistics import Difference, Moments, normal_cdf, pooled, smallest, t_quantile
 
 MARGIN = 0.004
@@ -33,6 +33,8 @@ def reproduce(new: Sample, old: Sample) -> dict:
     """The verdict with its figures; ValueError where the two cannot be compared."""
     if not new.moments:
         raise ValueError(f"{new.name}: no run can be used")
+    if new.metric != old.metric:
+        raise ValueError(f"{old.name} claims {old.metric}, {new.name} was read for {new.metric}: --metric {old.metric}")
     if new.train_steps != old.train_steps:
         raise ValueError(f"{new.name} has a schedule of {new.train_steps} steps, {old.name} one of {old.train_steps}: "
                          "compare judges different recipes")
@@ -45,10 +47,10 @@ def reproduce(new: Sample, old: Sample) -> dict:
     count = len(steps)
     needed = smallest(lambda n: n > at.n and consistent_probability(0, n, reference.n, sd, count) >= 0.95)
     return {
-        "verdict": verdict == "consistent" and not new.diverged,
+        "verdict": verdict == "consistent" and not new.diverged and not new.foreign,
         "outcome": verdict, "of": old.name, "n": at.n, "published_n": reference.n, "margin": MARGIN,
         "diverged": len(new.diverged), "step": step, "difference": differences[step].value,
-        "half_width": differences[step].half_width(), "mixed": new.mixture,
+        "half_width": differences[step].half_width(), "mixed": new.mixture, "foreign": new.foreign,
         "more_runs": needed - at.n if verdict == "cannot tell" and needed else None,
         "power": {shift: consistent_probability(shift, at.n, reference.n, sd, count) for shift in (0, 0.002, MARGIN)},
         "steps": [describe(step, new.moments[step], old.moments[step], differences[step]) for step in steps],
@@ -122,6 +124,8 @@ def percent(chance: float) -> str:
 def sentence(result: dict) -> str:
     where = f"(step {result['step']}, n={result['n']} and {result['published_n']}, 95%)"
     by = f"{abs(result['difference']):.4f} +- {result['half_width']:.4f} nats {where}"
+    if result["foreign"]:
+        return f"NO: {another(result['foreign'])}; off by {by}"
     if result["diverged"]:
         return f"NO: {result['diverged']} runs diverged"
     if result["outcome"] == "consistent":

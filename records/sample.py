@@ -1,10 +1,12 @@
 """A sample: runs of one recipe, from logs or from the published figures, or the reason why they are not one."""
 
 from collections import Counter
+from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from records import published
+from records.lint import foreign
 from records.log import Log, Trial, load
 from records.program import UPSTREAM_TARGET, recipe, target
 from records.statistics import Claim, Moments, judge
@@ -24,8 +26,9 @@ class Sample:
     mixture: str | None = None  # why these runs are not one sample
     claimed: Claim | None = None  # as published
     metric: str = "val_loss"
-    recipes: set[str] = field(default_factory=set)
+    recipes: Set[str] = field(default_factory=set)
     remarks: list[str] = field(default_factory=list)  # what the logs themselves say of what they are no evidence for
+    foreign: list[str] = field(default_factory=list)  # what makes the program another track's
     partial: str | None = None  # which of the logs does not begin at step 0, and where it does
 
     @property
@@ -45,10 +48,11 @@ class Sample:
         step = self.earliest() or max(self.moments)
         return self.claimed or Claim(step, self.moments[step].mean, self.moments[step].n)
 
-    def seconds(self) -> float | None:
-        """Median training time of the complete runs; the first of a process may hold the compile time."""
-        times = sorted(trial.train_time for trial in self.used if trial.train_time and trial.complete)
-        return times[len(times) // 2] if times else None
+    def typical(self) -> Trial | None:
+        """The complete run of median training time; the first of a process may hold the compile time."""
+        timed = sorted((trial for trial in self.used if trial.train_time and trial.complete),
+                       key=lambda trial: trial.train_time)
+        return timed[len(timed) // 2] if timed else None
 
 
 def gather(names: list[str], mixed: bool = False, metric: str = "val_loss") -> Sample:
@@ -69,6 +73,7 @@ def gather(names: list[str], mixed: bool = False, metric: str = "val_loss") -> S
 def from_logs(name: str, logs: list[Log], metric: str = "val_loss") -> Sample:
     trials = [trial for log in logs for trial in log.trials]
     used = usable(trials)
+    programs = {recipe(log.source): log.source for log in logs}
     return Sample(
         name,
         min(target(log.source) for log in logs),
@@ -79,7 +84,8 @@ def from_logs(name: str, logs: list[Log], metric: str = "val_loss") -> Sample:
         logs[0].source,
         mixture(logs, used),
         metric=metric,
-        recipes={recipe(log.source) for log in logs},
+        recipes=programs.keys(),
+        foreign=[why for source in programs.values() for why in foreign(source)],
         partial=next((f"{log.path} is partial: {why}" for log in logs for why in log.facts.get("partial", [])), None),
         remarks=sorted({f"{NO_ATTEMPT}: {why}" for log in logs for why in log.facts.get(NO_ATTEMPT, [])}),
     )
@@ -97,7 +103,8 @@ def from_published(record: int) -> Sample:
     if claim.step in moments:
         curves = moments[claim.step].n
     difference = None if curves == claim.n else f"#{record} claims {claim.n} runs, its published curve holds {curves}"
-    return Sample(f"#{record}", UPSTREAM_TARGET, runs, runs, moments, train_steps, None, difference, claim)
+    return Sample(f"#{record}", UPSTREAM_TARGET, runs, runs, moments, train_steps, None, difference, claim,
+                  published.METRICS.get(record, "val_loss"))
 
 
 def groups(logs: list[Log]) -> list[list[Log]]:
@@ -116,6 +123,11 @@ def usable(trials: list[Trial]) -> list[Trial]:
     furthest = max((trial.last_step for trial in sound), default=0)
     late = [trial for trial in sound if trial.last_step >= 0.9 * furthest > 0]
     return late if len(late) > 1 else [trial for trial in late if trial.complete]
+
+
+def another(reasons: list[str]) -> str:
+    """What a verdict says of `Sample.foreign`; nothing where there is no reason."""
+    return "" if not reasons else f"not a program of this track ({reasons[0]}{'; lint has more' * (len(reasons) > 1)})"
 
 
 def progress(trial: Trial) -> str:

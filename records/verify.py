@@ -6,7 +6,7 @@ from math import inf, sqrt
 
 from records.log import Trial
 from records.program import UPSTREAM_TARGET
-from records.sample import Sample, progress
+from records.sample import Sample, another, progress
 from records.statistics import Moments, crossing, judge, t_cdf
 
 # From the mean and deviation of its 20 published runs: its true margin is 0.00116 nats.
@@ -25,6 +25,9 @@ def verify(sample: Sample) -> dict:
         raise ValueError(f"{sample.partial}: only runs from step 0 are evidence")
     steps = {step: judge(at, sample.target) for step, at in sample.moments.items()}
     earliest = sample.earliest()
+    if sample.foreign:  # its curve is shown, and judged by nothing
+        steps = {step: at._replace(passes=False, runs_needed=None) for step, at in steps.items()}
+        earliest = None
     return {
         "verdict": earliest is not None and not sample.diverged,
         "earliest": earliest,
@@ -35,8 +38,10 @@ def verify(sample: Sample) -> dict:
         "used": len(sample.used) or sample.n,
         "train_steps": sample.train_steps,
         "source_sha256": hashlib.sha256(sample.source).hexdigest() if sample.source else None,
-        "devices": Counter(f"{trial.device}, world_size {trial.world or '?'}" for trial in sample.used),
+        "devices": Counter(trial.device + f", world_size {trial.world}" * (trial.world > 0) for trial in sample.used
+                           if sample.source),
         "mixed": sample.mixture,
+        "foreign": sample.foreign,
         "remarks": sample.remarks,
         "steps": [{"step": step, **at._asdict()} for step, at in steps.items()],
         "crossing": crossings(sample),
@@ -64,9 +69,10 @@ def crossings(sample: Sample) -> dict | None:
 
 def text(result: dict, every_step: bool = False) -> str:
     started, used = result["started"], result["used"]
-    lines = [f"{used} of {started} runs used, target {result['target']:g}"]
+    lines = [f"{used} of {started} runs used, target {result['target']:g}"
+             + f" of {result['metric']}" * (result["metric"] != "val_loss")]
     lines += [f"not used: {run['name']}: {run['why']}" for run in result["runs"] if not run["used"]]
-    lines += [f"{count} on {device}" for device, count in result["devices"].items() if "?" not in device]
+    lines += [f"{count} on {device}" for device, count in result["devices"].items()]
     if result["mixed"]:
         lines.append(f"mixed: {result['mixed']}")
     if not used:
@@ -80,12 +86,13 @@ def text(result: dict, every_step: bool = False) -> str:
         lines.append(f"interpolated, descriptive only: {at['n']} of {at['of']} runs cross {result['target']:g}, "
                      f"on average at step {at['mean']:.0f}{spread}")
     at = next(at for at in result["steps"] if at["step"] == quoted(result))
-    lines.append(significance(at, result["target"]))
+    if not result["foreign"]:
+        lines.append(significance(at, result["target"]))
     if at["n"] < started:
         lines.append(RULE_5)
     lines += [f"note: {remark}" for remark in result["remarks"]]
     lines.append(sentence(result) + ("; mixed" if result["mixed"] else ""))
-    if not result["verdict"] and used <= 4 and result["target"] == UPSTREAM_TARGET:
+    if not result["verdict"] and not result["foreign"] and used <= 4 and result["target"] == UPSTREAM_TARGET:
         lines.append(FAITHFUL)
     return "\n".join(lines)
 
@@ -114,7 +121,8 @@ def table(result: dict, every_step: bool) -> list[str]:
     for at in shown(result, every_step):
         sd = "-" if at["sd"] is None else f"{at['sd']:.5f}"
         lines.append(f"{at['step']:>7}{at['n']:>5}{at['mean']:>11.6f}{sd:>9}{at['statistic']:>+12.5f}"
-                     f"{'PASS' if at['passes'] else 'FAIL':>6}{at['runs_needed'] or '-':>13}")
+                     f"{'-' if result['foreign'] else 'PASS' if at['passes'] else 'FAIL':>6}"
+                     f"{at['runs_needed'] or '-':>13}")
     return lines
 
 
@@ -130,6 +138,8 @@ def sentence(result: dict) -> str:
     started = result["started"]
     runs = f"n={at['n']}" if at["n"] == started else f"n={at['n']} of {started}"
     mean = f"mean {at['mean']:.6f} ({runs}, target {result['target']:g})"
+    if result["foreign"]:
+        return f"NO VERDICT: {another(result['foreign'])}; step {step} comes closest, at {mean}"
     if result["diverged"]:
         passing = f"; among the others, step {step} would pass" if result["earliest"] else ""
         return f"FAIL: {result['diverged']} of {started} runs diverged{passing}, at {mean}"
@@ -156,7 +166,8 @@ def markdown(result: dict) -> str:
     rows += [["**mean**", *(f"{at['mean']:.6f}" for at in steps)],
              ["**sd**", *("-" if at["sd"] is None else f"{at['sd']:.5f}" for at in steps)],
              ["**(target - mean) sqrt(n)**", *(f"{at['statistic']:+.5f}" for at in steps)],
-             ["**at least 0.004**", *("PASS" if at["passes"] else "FAIL" for at in steps)]]
+             ["**at least 0.004**", *("-" if result["foreign"] else "PASS" if at["passes"] else "FAIL"
+                                      for at in steps)]]
     lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in rows]
     evidence = f"{claimed['mean']:.4f} (n={claimed['n']}){'✓' if result['verdict'] else ' FAIL'}"
     return "\n".join([*lines, "", sentence(result), "",

@@ -96,9 +96,10 @@ def test_a_run_that_diverges_stops_and_says_so(small, tmp_path):
 
 
 def test_dry_run_says_what_would_run_and_leaves_nothing(small, tmp_path):
-    """Kills: a dry run that trains or writes."""
+    """Kills: a dry run that trains or writes, or that does not say what a machine without a GPU leaves unchecked."""
     run = start([*small, "--dry-run"], tmp_path)
     assert run.returncode == 0 and "40 steps of 256 tokens, 7 validations of 512 tokens, world_size 1" in run.stdout
+    assert run.stdout.count("\nnot checked, for want of a GPU: ") == 1
     assert list(tmp_path.iterdir()) == []
 
 
