@@ -12,11 +12,9 @@ torch.compile would keep z beside it, and go through h in fp32, in three passes 
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.bf16 import linear, runs_kernels
+from kernels.bf16 import linear, runs_kernels, tl, triton
 from kernels.norm import EPSILON
 
 
