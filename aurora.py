@@ -106,14 +106,7 @@ CANS_12 = chebyshev_cubics(8.5e-4, 9) + ((1.5, -0.5, 0.0),) * 3
 
 def frobenius(X: Tensor) -> Tensor:
     """||X||_F of each matrix, shape (..., 1, 1), in fp32 or better."""
-    return length(X, (-2, -1))
-
-
-def length(X: Tensor, dim) -> Tensor:
-    """||X|| over `dim`, in fp32 or better. Squares of numbers above 1e19 overflow: then the sum is of smaller ones."""
-    norm = partial(torch.linalg.vector_norm, dim=dim, keepdim=True, dtype=at_least_fp32(X))
-    plain = norm(X)
-    return torch.where(plain < torch.inf, plain, norm(X * 2.0**-80) * 2.0**80)
+    return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=at_least_fp32(X))
 
 
 def at_least_fp32(X: Tensor) -> torch.dtype:
@@ -132,7 +125,7 @@ def polar(G: Tensor, coefficients=SIMPLE_QUINTIC_12, dtype=torch.bfloat16, norm=
 
     Newton-Schulz moves each singular value s to p(...p(s / norm(G))). Those above 1e-3 norm(G) end within 5e-6 of 1
     with the record's table, 1e-14 with POLAR_EXPRESS_8 or CANS_12, .53 with QUINTIC_5, in exact arithmetic; smaller
-    ones fall short of 1. bf16 adds up to 7e-3 where G is well-conditioned; where it is not, rounding noise grows as
+    ones fall short of 1. Numbers above 1e19 have no norm in fp32: polar is 0 then, too. bf16 adds up to 7e-3 where G is well-conditioned; where it is not, rounding noise grows as
     small singular values do, so that an exactly low-rank G gets more rank than it had.
     """
     X = G.to(dtype)
@@ -153,7 +146,7 @@ schatten4_polar = partial(polar, norm=schatten4)
 
 def row_norms(X: Tensor) -> Tensor:
     """||X_i|| of each row, shape (..., M, 1), in fp32 or better."""
-    return length(X, -1)
+    return torch.linalg.vector_norm(X, dim=-1, keepdim=True, dtype=at_least_fp32(X))
 
 
 def balanced_polar(G: Tensor, pp_iterations: int = 2, pp_beta: float = 0.5, polar=polar) -> Tensor:
@@ -226,7 +219,7 @@ def riemannian_balanced_polar(G: Tensor, steps: int = 3, step_size: float = 0.1,
         return riemannian_balanced_polar(G.mT, steps, step_size, polar).mT
     G = G.to(at_least_fp32(G))
     mean_sigma = inner(G, polar(G)) / n
-    G = G / mean_sigma.clamp(min=torch.finfo(G.dtype).tiny)
+    G = torch.where(mean_sigma > 0, G / mean_sigma.clamp(min=torch.finfo(G.dtype).tiny), 0)
     start = U = balanced_polar(G, polar=polar).to(G.dtype)
     for _ in range(steps):
         U = U + step_size * balanced_tangent(U, G)
@@ -388,7 +381,7 @@ def spectral_norm(G: Tensor, iterations: int = 5) -> Tensor:
         v = (G * u).sum(dim=-2, keepdim=True)
         v = v / frobenius(v).clamp(min=1e-10)
     sigma = frobenius((G * v).sum(dim=-1, keepdim=True))
-    least = frobenius(row_norms(G)) / min(G.shape[-2:]) ** 0.5
+    least = ((G * G).sum(dim=-1, keepdim=True).sum(dim=-2, keepdim=True) / min(G.shape[-2:])).sqrt()
     return torch.where(sigma > 0.99 * least, sigma, least)  # the two may be equal, and rounding is no reason to change
 
 
@@ -399,9 +392,12 @@ def contra(U: Tensor, N: Tensor, strength: float = 0.4) -> Tensor:
     Where that would go against N, as it can if a row is far longer than the others, it is U.
     """
     U = U.to(at_least_fp32(U))
-    Z = U - strength / 2 * N / spectral_norm(N).clamp(min=1e-10)
-    Z = torch.where(inner(N, Z) > 0, Z, U)
-    return Z * frobenius(U) / frobenius(Z).clamp(min=1e-10)
+    sigma = spectral_norm(N).clamp(min=1e-10)
+    Z = U - strength / 2 * N / sigma
+    with_N = inner(N, Z) > 0
+    length = torch.where(with_N, frobenius(Z), frobenius(U)).clamp(min=1e-10)
+    # from U and N anew: a compiled program need not keep Z
+    return (U - strength / 2 * N / torch.where(with_N, sigma, torch.inf)) * frobenius(U) / length
 
 
 @stage("floor")

@@ -14,7 +14,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # as on macOS: no kernel can run, and what the files beside this one ask for as they are read is here
+except ImportError:  # as on macOS: no kernel can run, and this is what the files beside ask for as they are read
     triton, tl = SimpleNamespace(jit=lambda kernel: kernel), SimpleNamespace(constexpr=None)
 
 # what PyTorch itself asks before it hands a bf16 product to oneDNN
