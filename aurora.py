@@ -45,11 +45,14 @@ github.com/KellerJordan/modded-nanogpt, records/track_3_optimization, result #17
 """
 
 import ast
+import copy
 import difflib
 import inspect
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache, partial
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -121,7 +124,8 @@ def at_least_fp32(X: Tensor) -> torch.dtype:
 def schatten4(X: Tensor) -> Tensor:
     """||X||_S4 = ||X^T X||_F^(1/2), shape (..., 1, 1): between the spectral norm and the Frobenius norm."""
     X = X.to(at_least_fp32(X))
-    return frobenius(X.mT @ X if X.size(-2) > X.size(-1) else X @ X.mT).sqrt()
+    norm = frobenius(X.mT @ X if X.size(-2) > X.size(-1) else X @ X.mT).sqrt()
+    return torch.where(norm < torch.inf, norm, frobenius(X))  # a product overflowed: ||X||_F is no smaller
 
 
 def polar(G: Tensor, coefficients=SIMPLE_QUINTIC_12, dtype=torch.bfloat16, norm=frobenius) -> Tensor:
@@ -129,7 +133,7 @@ def polar(G: Tensor, coefficients=SIMPLE_QUINTIC_12, dtype=torch.bfloat16, norm=
 
     Newton-Schulz moves each singular value s to p(...p(s / norm(G))). Those above 1e-3 norm(G) end within 5e-6 of 1
     with the record's table, 1e-14 with POLAR_EXPRESS_8 or CANS_12, .53 with QUINTIC_5, in exact arithmetic; smaller
-    ones fall short of 1. bf16 adds up to 7e-3 where G is well-conditioned; where it is not, rounding noise grows as
+    ones fall short of 1. Numbers above 1e19 have no norm in fp32: polar is 0 then, too. bf16 adds up to 7e-3 where G is well-conditioned; where it is not, rounding noise grows as
     small singular values do, so that an exactly low-rank G gets more rank than it had.
     """
     X = G.to(dtype)
@@ -222,14 +226,20 @@ def riemannian_balanced_polar(G: Tensor, steps: int = 3, step_size: float = 0.1,
     if m < n:
         return riemannian_balanced_polar(G.mT, steps, step_size, polar).mT
     G = G.to(at_least_fp32(G))
-    mean_sigma = (G * polar(G)).sum(dim=(-2, -1), keepdim=True) / n
-    G = G / mean_sigma.clamp(min=torch.finfo(G.dtype).tiny)
-    U = balanced_polar(G, polar=polar).to(G.dtype)
+    mean_sigma = inner(G, polar(G)) / n
+    G = torch.where(mean_sigma > 0, G / mean_sigma.clamp(min=torch.finfo(G.dtype).tiny), 0)
+    start = U = balanced_polar(G, polar=polar).to(G.dtype)
     for _ in range(steps):
         U = U + step_size * balanced_tangent(U, G)
         for _ in range(2):
             U = polar((n / m) ** 0.5 * U / row_norms(U).clamp(min=1e-7)).to(G.dtype)
-    return U
+    # where G is of low rank no U may meet both constraints, and the climb may end far below its start, or in NaN
+    return torch.where(2 * inner(G, U) > inner(G, start), U, start)
+
+
+def inner(X: Tensor, Y: Tensor) -> Tensor:
+    """<X, Y> of each matrix, shape (..., 1, 1)."""
+    return (X * Y).sum(dim=(-2, -1), keepdim=True)
 
 
 def balanced_tangent(U: Tensor, G: Tensor) -> Tensor:
@@ -375,7 +385,11 @@ def riemannian_aurora(U: Tensor, steps: int = 3, step_size: float = 0.1) -> Tens
 
 
 def spectral_norm(G: Tensor, iterations: int = 5) -> Tensor:
-    """Largest singular value of each matrix, shape (..., 1, 1), from below: power iteration from the ones vector."""
+    """Largest singular value of each matrix, shape (..., 1, 1), from below: power iteration from the ones vector.
+
+    Where rows sum to zero that vector finds nothing: the result is at least ||G||_F / sqrt(min(m, n)), as the largest
+    singular value is.
+    """
     G = G.to(at_least_fp32(G))
     v = torch.full_like(G[..., :1, :], G.size(-1) ** -0.5)
     for _ in range(iterations):
@@ -384,15 +398,24 @@ def spectral_norm(G: Tensor, iterations: int = 5) -> Tensor:
         u = u / frobenius(u).clamp(min=1e-10)
         v = (G * u).sum(dim=-2, keepdim=True)
         v = v / frobenius(v).clamp(min=1e-10)
-    return frobenius((G * v).sum(dim=-1, keepdim=True))
+    sigma = frobenius((G * v).sum(dim=-1, keepdim=True))
+    least = ((G * G).sum(dim=-1, keepdim=True).sum(dim=-2, keepdim=True) / min(G.shape[-2:])).sqrt()
+    return torch.where(sigma > 0.99 * least, sigma, least)  # the two may be equal, and rounding is no reason to change
 
 
 @stage()
 def contra(U: Tensor, N: Tensor, strength: float = 0.4) -> Tensor:
-    """Contra-Muon: U - strength/2 * N/||N||_2, scaled back to ||U||_F. It damps the directions that N favours."""
+    """Contra-Muon: U - strength/2 * N/||N||_2, scaled back to ||U||_F. It damps the directions that N favours.
+
+    Where that would go against N, as it can if a row is far longer than the others, it is U.
+    """
     U = U.to(at_least_fp32(U))
-    Z = U - strength / 2 * N / spectral_norm(N).clamp(min=1e-10)
-    return Z * frobenius(U) / frobenius(Z).clamp(min=1e-10)
+    sigma = spectral_norm(N).clamp(min=1e-10)
+    Z = U - strength / 2 * N / sigma
+    with_N = inner(N, Z) > 0
+    length = torch.where(with_N, frobenius(Z), frobenius(U)).clamp(min=1e-10)
+    # from U and N anew: a compiled program need not keep Z
+    return (U - strength / 2 * N / torch.where(with_N, sigma, torch.inf)) * frobenius(U) / length
 
 
 @stage("floor")
@@ -803,8 +826,8 @@ def with_knob(text: str, name: str, knob: str, value: str) -> str:
 ########################################
 
 # the same functions, renamed in torch 2.13
-all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
-reduce_scatter = dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 
 class Shares(NamedTuple):
@@ -814,12 +837,14 @@ class Shares(NamedTuple):
     share: int
     rank: int
     world: int
+    group: object = None  # a torch.distributed.ProcessGroup; None for the default one
 
     @classmethod
-    def of(cls, count: int, multiple: int = 1) -> "Shares":
-        """Of the ranks of the default process group; one rank where there is none. `multiple` divides a share."""
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        return cls(count, -(-count // (world * multiple)) * multiple, rank, world)
+    def of(cls, count: int, multiple: int = 1, group=None) -> "Shares":
+        """Of the ranks of a process group, by default of all; of one where there is none. `multiple` divides a share."""
+        several = dist.is_available() and dist.is_initialized()
+        rank, world = (dist.get_rank(group), dist.get_world_size(group)) if several else (0, 1)
+        return cls(count, -(-count // (world * multiple)) * multiple, rank, world, group)
 
     @property
     def mine(self) -> slice:
@@ -832,11 +857,11 @@ class Shares(NamedTuple):
     def reduce(self, slots: Tensor):
         """Start to sum over ranks what each owns, in place. None where there is one rank: gloo would still copy, in a
         thread that competes for the cores (on two cores a step of the tiny recipe took 166 ms, not 118)."""
-        return reduce_scatter(slots[self.mine], slots, async_op=True) if self.world > 1 else None
+        return reduce_scatter(slots[self.mine], slots, group=self.group, async_op=True) if self.world > 1 else None
 
     def gather(self, slots: Tensor):
         """Start to send what each owns to all ranks, in place; None where there is one rank."""
-        return all_gather(slots, slots[self.mine], async_op=True) if self.world > 1 else None
+        return all_gather(slots, slots[self.mine], group=self.group, async_op=True) if self.world > 1 else None
 
     def take(self, slots: Tensor) -> Tensor:
         """This rank's run of `count` slots, with zeros for padding."""
@@ -871,25 +896,58 @@ class Aurora(torch.optim.Optimizer):
     their own. A convolution's filters can share their memory with a matrix that is optimized in their place: m =
     torch.nn.Parameter(conv.weight.detach().flatten(1)), and before each step m.grad = conv.weight.grad.flatten(1).
 
-    Needs, on the rank that owns a matrix, the sum of the ranks' gradients: all-reduce them. Parameters of one shape
-    form a stack; each rank owns an equal run of the stack, keeps the state of those matrices alone, in fp32, updates
-    them in batched calls, and gathers the others' weights. The number of ranks changes no bit of the result on the
-    CPU, and on GPUs nothing but what a batched product may round differently for another size of stack. On a GPU the
-    first step compiles, for each shape of a stack. Gradients are not changed. state_dict() is a collective: every rank
-    calls it, each gets the whole, and any number of ranks can load it.
+    Needs the sum, or the mean, of the ranks' gradients: all-reduce them, as DistributedDataParallel does. Parameters of
+    one shape form a stack; each rank owns an equal run of the stack, keeps the state of those matrices alone, in fp32,
+    updates them in batched calls, and gathers the others' weights. Only their owner reads their gradients. The number
+    of ranks changes no bit of the result on the CPU, and on GPUs nothing but what a batched product may round
+    differently for another size of stack. On a GPU the first step compiles, for each shape of a stack. Gradients are
+    not changed.
+
+    Where there are several ranks, step() is a collective. The first one compares their weights, and each one which
+    parameters have a gradient; what does not fit is a ValueError on all of them. Ranks that have weights of their own
+    say so: process_group=dist.new_group([dist.get_rank()], use_local_synchronization=True).
+
+    state_dict() is none: it returns at once on any rank. Before, all ranks call consolidate_state_dict(), which gathers
+    the state on rank 0 (or `to` another, or on all: to=None) up to the next step; without it, a rank that lacks a part
+    raises RuntimeError. Any number of ranks can load the result. Lightning does so by itself. accelerate needs the
+    call before save_state(), and transformers' Trainer needs it in a callback, as its rank 0 saves alone:
+
+        class Consolidate(transformers.TrainerCallback):
+            def on_step_end(self, args, state, control, optimizer, **others):
+                if control.should_save:
+                    optimizer.optimizer.consolidate_state_dict()
+            on_epoch_end = on_step_end
     """
 
-    def __init__(self, params, lr: float = 0.0375, update: str = RESULT_17):
+    process_group = None
+    _compared = False  # whether the ranks were, since a group or a state was added
+    _consolidated = False  # whether the state has been, since the last step
+
+    def __init__(self, params, lr: float = 0.0375, update: str = RESULT_17, process_group=None):
+        self.process_group = process_group
+        if self._shares([]).rank < 0:
+            raise ValueError("this rank is not in Aurora's process_group: give the group to its members alone")
         super().__init__(params, dict(lr=lr, update=update))
+
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | dict(process_group=self.process_group)
+
+    def __deepcopy__(self, memo) -> "Aurora":
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        memo[id(self.process_group)] = self.process_group  # it cannot be copied: the twin's ranks are the same
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        Rule.of(group["update"])
-        for p in group["params"]:
-            if p.ndim != 2:
-                raise ValueError(f"Aurora updates matrices, got a parameter of shape {tuple(p.shape)}: give vectors "
-                                 "and embeddings to AdamW, and convolutions as matrices (see Aurora's docstring)")
+        try:
+            check_settings(self.param_groups[-1])
+            for p in self.param_groups[-1]["params"]:
+                check_parameter(p)
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+        self._compared = False
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -897,21 +955,25 @@ class Aurora(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        moving = self._moving()
+        self._forget()
         travelling = []  # one stack's weights travel while the next one is computed
         for group in self.param_groups:
             for params in stacks(group["params"]):
-                if all(p.grad is None for p in params):
+                if moving.isdisjoint(params):
                     continue
-                shares = Shares.of(len(params))
+                shares = self._shares(params)
                 weights = params[0].new_empty(shares.padded, *params[0].shape)
-                moving = {}  # by the number of their steps: parameters without a gradient stand still
+                alike = {}  # by the number of their steps: parameters without a gradient stand still
                 for new, p in zip(weights[shares.mine], params[shares.mine]):
-                    if p.grad is not None:
-                        moving.setdefault(self.state[p].get("step", 0), []).append((new, p))
-                for steps, pairs in moving.items():
+                    if p in moving:
+                        alike.setdefault(self._steps(p), []).append((new, p))
+                for steps, pairs in alike.items():
                     for k in range(0, len(pairs), at_once(weights)):
                         self._update(*zip(*pairs[k:k + at_once(weights)]), steps, group)
-                travelling.append((params, weights, shares.gather(weights)))
+                for p in moving.intersection(params):
+                    self.state[p]["step"] = self._steps(p) + 1  # on every rank
+                travelling.append((params, weights, moving, shares.gather(weights)))
                 if len(travelling) > 1:
                     arrive(*travelling.pop(0))
         for stack in travelling:
@@ -922,59 +984,225 @@ class Aurora(torch.optim.Optimizer):
         """Put the new weights of parameters of one shape, each after `steps` steps, into `out`."""
         rule = Rule.of(group["update"])
         W = torch.stack(params)
-        knobs = dict(lr=group["lr"], t=torch.tensor(steps + 1.0, device=W.device)) | rule.at(steps)
+        lr = group["lr"] if W.is_cuda else float(group["lr"])  # of a tensor too; on a GPU that would wait for it
+        knobs = dict(lr=lr, t=torch.tensor(steps + 1.0, dtype=torch.float32, device=W.device)) | rule.at(steps)
         if W.is_cuda:  # a number would be a constant of the program, which would be compiled again for the next one
-            knobs = {name: torch.as_tensor(x, dtype=torch.float32, device=W.device) for name, x in knobs.items()}
+            knobs = {name: torch.as_tensor(x, dtype=torch.float32, device=W.device).reshape(())
+                     for name, x in knobs.items()}
         for p in params:
-            self.state[p] = self.state[p] or rule.state(p)
-        state = {name: torch.stack([self.state[p][name] for p in params]) for name in self.state[params[0]] if name != "step"}
-        rule.advance_(W, torch.stack([p.grad for p in params]), state, knobs)
-        rule.after_(state)
+            if not self.state.get(p):
+                self.state[p] = rule.state(p)
+        state = {name: torch.stack([self.state[p][name] for p in params])
+                 for name in self.state[params[0]] if name != "step"}
+        device = W.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            rule.advance_(W, torch.stack([p.grad for p in params]), state, knobs)
+            rule.after_(state)
         torch._foreach_copy_(list(out), list(W))
-        for p in params:
-            self.state[p]["step"] = steps + 1
         for name, x in state.items():
             torch._foreach_copy_([self.state[p][name] for p in params], list(x))
 
+    # What a rank owns, and what it may assume of the others
+
+    def _shares(self, params) -> Shares:
+        return Shares.of(len(params), group=self.process_group)
+
+    def _owners(self) -> dict[Tensor, int]:
+        """The rank that owns each parameter, in their order; empty ones have none."""
+        owners = {p: i // self._shares(stack).share for group in self.param_groups
+                  for stack in stacks(group["params"]) for i, p in enumerate(stack)}
+        return {p: owners[p] for group in self.param_groups for p in group["params"] if p in owners}
+
+    def _mine(self) -> set[Tensor]:
+        rank = self._shares([]).rank
+        return {p for p, owner in self._owners().items() if owner == rank}
+
+    def _names(self) -> dict[Tensor, str]:
+        """What messages call the parameters."""
+        return {p: repr(group["param_names"][i]) if "param_names" in group else
+                f"parameter {i} of group {g}, of shape {tuple(p.shape)},"
+                for g, group in enumerate(self.param_groups) for i, p in enumerate(group["params"])}
+
+    def _steps(self, p: Tensor) -> int:
+        return self.state[p].get("step", 0) if p in self.state else 0
+
+    def _lacking(self) -> list[Tensor]:
+        """Parameters that have moved and whose state is elsewhere."""
+        return [p for group in self.param_groups for p in group["params"]
+                if self._steps(p) and expected_state(group["update"], p).keys() - self.state[p].keys()]
+
+    def _moving(self) -> set[Tensor]:
+        """The parameters that have a gradient: all ranks agree on them, or all raise the same ValueError."""
+        owners, names, (rank, world) = self._owners(), self._names(), self._shares([])[2:4]
+        flags = [(p.grad is not None, p.grad is None and owner == rank,
+                  p.grad is not None and p.grad.layout != torch.strided) for p, owner in owners.items()]
+        if world > 1:
+            if not self._compared:
+                self._compare()
+            if flags:
+                counts = torch.tensor(flags, dtype=torch.int32, device=next(iter(owners)).device)
+                dist.all_reduce(counts, group=self.process_group)
+                flags = counts.tolist()
+        for (p, owner), (has, lacks, sparse) in zip(owners.items(), flags):
+            if sparse:
+                raise ValueError(f"{names[p]} has a sparse gradient, and Aurora takes dense ones: an embedding makes "
+                                 "them with sparse=False")
+            if has and lacks:
+                raise ValueError(f"{names[p]} has a gradient on another rank and none on rank {owner}, which owns it: "
+                                 "all-reduce gradients before the step, with zeros where a rank has none")
+        return {p for p, (has, _, _) in zip(owners, flags) if has}
+
+    def _compare(self):
+        """A collective: ValueError on all ranks alike where they do not begin with the same parameters."""
+        names, updates = self._names(), {p: group["update"] for group in self.param_groups for p in group["params"]}
+        seen = [(names[p], dict(shape=tuple(p.shape), dtype=str(p.dtype), update=updates[p], steps=self._steps(p),
+                                weights=checksum(p))) for p in self._owners()]
+        ranks = [None] * self._shares([]).world
+        dist.all_gather_object(ranks, seen, group=self.process_group)
+        for rank, theirs in enumerate(ranks):
+            if len(theirs) != len(ranks[0]):
+                raise ValueError(f"rank {rank} gave Aurora {len(theirs)} matrices and rank 0 {len(ranks[0])}: all "
+                                 "ranks of its process_group give the same")
+            for (name, first), (_, other) in zip(ranks[0], theirs):
+                for what in first:
+                    if first[what] != other[what]:
+                        values = "" if what == "weights" else f", {other[what]!r} and not {first[what]!r}"
+                        raise ValueError(f"{name} has other {what} on rank {rank} than on rank 0{values}: give all "
+                                         "ranks rank 0's before the first step, or Aurora a process_group of the ranks "
+                                         "that share their weights (its docstring says how)")
+        self._compared = True
+
+    # State
+
+    def consolidate_state_dict(self, to: int | None = 0):
+        """A collective: up to the next step, state_dict() is whole on rank `to` of the group, or on all of them (None).
+        What other ranks own is put into CPU memory."""
+        rank, world = self._shares([])[2:4]
+        if world == 1:
+            return
+        owners, everyone = self._owners(), [None] * world
+        mine = {i: {name: x.cpu() if isinstance(x, Tensor) else x for name, x in self.state[p].items()}
+                for i, (p, owner) in enumerate(owners.items()) if owner == rank and self._steps(p)}
+        if to is None:
+            dist.all_gather_object(everyone, mine, group=self.process_group)
+        else:
+            dist.gather_object(mine, everyone if rank == to else None, group=self.process_group,
+                               dst=dist.get_global_rank(self.process_group or dist.group.WORLD, to))
+        params = list(owners)
+        for other, states in enumerate(everyone):
+            if other != rank:
+                for i, state in (states or {}).items():
+                    self.state[params[i]] = state
+        self._consolidated = True
+
+    def _forget(self):
+        """What other ranks own, where a consolidation brought it."""
+        if self._consolidated:
+            mine = self._mine()
+            for p in self.state.keys() - mine:
+                self.state[p] = dict(step=self._steps(p))
+            self._consolidated = False
+
     def state_dict(self) -> dict:
-        whole = super().state_dict()
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            shares = [None] * dist.get_world_size()
-            # by way of the CPU: a tensor would be unpacked on the sender's GPU
-            mine = {index: {name: x.cpu() if isinstance(x, Tensor) else x for name, x in state.items()}
-                    for index, state in whole["state"].items()}
-            dist.all_gather_object(shares, mine)
-            # this rank's own come last, for they are where the parameters are
-            whole["state"] = {index: state for share in shares for index, state in share.items()} | whole["state"]
-        return whole
+        if not self._consolidated and (lacking := self._lacking()):
+            raise RuntimeError(f"the state of {len(lacking)} of {len(self._owners())} matrices is on other ranks: have "
+                               "all ranks call consolidate_state_dict() before (Aurora's docstring says how in frameworks)")
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict):
-        super().load_state_dict(state_dict)
-        # torch casts state to the parameter's dtype, bf16 perhaps, and gives every rank the state of all
-        params = [p for group in self.param_groups for p in group["params"]]
-        owned = {p for group in self.param_groups for stack in stacks(group["params"])
-                 for p in stack[Shares.of(len(stack)).mine]}
+        loaded = {}
+        # next to torch's own reading: other hooks change the dictionary before, and see the result
+        hooks = [self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(self._read(final))),
+                 self.register_load_state_dict_post_hook(lambda _: self._take(loaded), prepend=True)]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _read(self, state_dict: dict) -> dict[Tensor, dict]:
+        """The state of each parameter, by the order of the saved groups' params, which may be numbers or names.
+        ValueError where it is not what the saved rule needs."""
+        states, names = {}, self._names()
+        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
+            if missing := {"lr", "update"} - saved.keys():
+                raise ValueError(f"that is no state of Aurora's: a group has no {min(missing)}")
+            check_settings(saved)
+            for p, key in zip(group["params"], saved["params"]):
+                if state := state_dict["state"].get(key):
+                    for name, shape in (dict(step=None) | expected_state(saved["update"], p)).items():
+                        if name not in state:
+                            raise ValueError(f"{names[p]} has no {name} in that state: was it saved by one rank of "
+                                             "several without consolidate_state_dict(), or by another optimizer?")
+                        if shape is not None and state[name].shape != shape:
+                            raise ValueError(f"{names[p]} has {name} of shape {tuple(state[name].shape)} in that "
+                                             f"state, not {tuple(shape)}: it is of other parameters, or in another order")
+                    states[p] = state
+        return states
+
+    def _take(self, states: dict[Tensor, dict]):
+        """Keep what this rank owns. torch has cast all to the parameters' dtype, bf16 perhaps, and is overwritten."""
+        mine = self._mine()
         self.state.clear()
-        for index, state in state_dict["state"].items():
-            if (p := params[index]) in owned:
-                self.state[p] = {name: x.to(p.device, copy=True) if isinstance(x, Tensor) else x
-                                 for name, x in state.items()}
+        for p, state in states.items():
+            kept = {name: x.to(p.device, copy=True) if isinstance(x, Tensor) else x
+                    for name, x in state.items() if name != "step" and p in mine}
+            self.state[p] = kept | dict(step=int(state["step"]))
+        self._compared = self._consolidated = False
 
 
 def stacks(params) -> list[list]:
-    """Lists of parameters that are alike in shape, dtype and device; the largest matrices first."""
+    """Lists of parameters that are alike in shape, dtype and device; the largest first, empty ones left out."""
     alike = {}
     for p in params:
-        alike.setdefault((p.shape, p.dtype, p.device), []).append(p)
+        if p.numel():
+            alike.setdefault((p.shape, p.dtype, p.device), []).append(p)
     return sorted(alike.values(), key=lambda stack: -stack[0].numel())
 
 
-def arrive(params, weights: Tensor, work):
-    """Put gathered weights into the parameters that have a gradient."""
+def arrive(params, weights: Tensor, moving: set, work):
+    """Put gathered weights into the parameters that move."""
     if work is not None:
         work.wait()
-    moved = [(p, w) for p, w in zip(params, weights) if p.grad is not None]
+    moved = [(p, w) for p, w in zip(params, weights) if p in moving]
     torch._foreach_copy_(*map(list, zip(*moved)))
+
+
+def checksum(p: Tensor) -> int:
+    """The sum of a tensor's bits, as whole numbers: the same in any order."""
+    return p.detach().contiguous().view(WHOLE[p.dtype]).sum(dtype=torch.int64).item()
+
+
+WHOLE = {torch.float64: torch.int64, torch.float32: torch.int32,
+         torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+def expected_state(text: str, p: Tensor) -> dict[str, torch.Size]:
+    """{name: shape} of what a rule keeps of a parameter."""
+    return {name: x.shape for name, x in Rule.of(text).state(torch.empty_like(p, device="meta")).items()}
+
+
+def check_settings(group: dict):
+    """ValueError where a group's settings are not what a step can use."""
+    lr, update = group["lr"], group["update"]
+    if not isinstance(lr, Real | Tensor) or isinstance(lr, Tensor) and lr.numel() != 1 or not 0 <= lr < float("inf"):
+        raise ValueError(f"lr is a number, finite and not negative, not {lr!r}")
+    if not isinstance(update, str):
+        raise ValueError(f"update is a text such as {RESULT_17!r}, not {update!r}")
+    Rule.of(update)
+
+
+def check_parameter(p: Tensor):
+    """ValueError where Aurora cannot update it."""
+    if hasattr(p, "device_mesh"):
+        raise ValueError(f"Aurora updates whole matrices, got a DTensor of shape {tuple(p.shape)}, which lies in pieces "
+                         "on several ranks: use DistributedDataParallel in place of fully_shard or tensor parallelism")
+    if p.ndim != 2:
+        raise ValueError(f"Aurora updates matrices, got a parameter of shape {tuple(p.shape)}: give vectors "
+                         "and embeddings to AdamW, and convolutions as matrices (see Aurora's docstring)")
+    if p.dtype not in WHOLE or p.layout != torch.strided:
+        raise ValueError(f"Aurora updates dense matrices of float16, bfloat16, float32 or float64, got a parameter of "
+                         f"shape {tuple(p.shape)} of {p.dtype}, {p.layout}")
 
 
 ########################################

@@ -17,12 +17,11 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import triton
 
 from aurora import Rule
 from harness.arguments import Experiment, departures
 from harness.ranks import Place, micro_batch_size
-from kernels.bf16 import runs_kernels
+from kernels.bf16 import runs_kernels, triton
 from kernels.newton_schulz import newton_schulz_path
 
 SEPARATOR = "=" * 100  # between program, facts and lines, as upstream's parsers know it

@@ -5,9 +5,17 @@ falls back to loops that are five to fifty times as slow as an fp32 product. So 
 bf16 numbers is taken and rounded: the same sums and the same rounding, in fp32's time.
 """
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # as on macOS: no kernel can run, and this is what the files beside ask for as they are read
+    triton, tl = SimpleNamespace(jit=lambda kernel: kernel), SimpleNamespace(constexpr=None)
 
 # what PyTorch itself asks before it hands a bf16 product to oneDNN
 CPU_MULTIPLIES_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

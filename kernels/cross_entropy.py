@@ -11,11 +11,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.bf16 import linear, runs_kernels
+from kernels.bf16 import linear, runs_kernels, tl, triton
 
 SOFTCAP = 15.0
 ROWS = 16  # 16 tokens' logits are 3 MB in fp32: a CPU's cache holds them from the first pass to the last

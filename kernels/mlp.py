@@ -11,11 +11,9 @@ the same sums.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.bf16 import linear, runs_kernels
+from kernels.bf16 import linear, runs_kernels, tl, triton
 
 
 def relu2_mlp_reference(x: Tensor, fc_weight: Tensor, fc_bias: Tensor, proj_weight: Tensor) -> Tensor:

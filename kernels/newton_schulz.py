@@ -9,11 +9,9 @@ A and B are symmetric: the kernel computes the tiles of their lower triangle, an
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.bf16 import needs_fp32, runs_kernels
+from kernels.bf16 import needs_fp32, runs_kernels, tl, triton
 
 
 def newton_schulz_reference(X: Tensor, coefficients, rounded=lambda product: product) -> Tensor:

@@ -12,11 +12,9 @@ over memory of its own.
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.bf16 import runs_kernels
+from kernels.bf16 import runs_kernels, tl, triton
 
 EPSILON = torch.finfo(torch.float32).eps  # of rms, as in F.rms_norm
 

@@ -12,11 +12,9 @@ head and token, is saved. torch.compile would save z too, and compute h in three
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.bf16 import linear, runs_kernels
+from kernels.bf16 import linear, runs_kernels, tl, triton
 from kernels.norm import EPSILON
 
 

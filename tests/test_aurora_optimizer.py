@@ -278,6 +278,8 @@ def share_of_a_run(checkpoint: dict) -> dict:
     for update in UPDATES:
         optimizer = make(update)
         steps(optimizer, 0, 3)
+        owned = sum(len(state) > 1 for state in optimizer.state.values())  # all have the number of their steps
+        optimizer.consolidate_state_dict(to=None)
         state = copy.deepcopy(optimizer.state_dict())  # it holds the tensors themselves, as torch's does
         steps(optimizer, 3, 4)
         resumed = make(update)
@@ -287,8 +289,8 @@ def share_of_a_run(checkpoint: dict) -> dict:
                             checkpoint[update]["at"]):
                 p.data.copy_(w)
             steps(resumed, 3, 4)
-        outcome[update] = dict(weights=weights(optimizer), owned=len(optimizer.state), state=state,
-                                  resumed=weights(resumed), kept=len(resumed.state))
+        outcome[update] = dict(weights=weights(optimizer), owned=owned, state=state, resumed=weights(resumed),
+                               kept=sum(len(state) > 1 for state in resumed.state.values()))
     return outcome
 
 

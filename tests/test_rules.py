@@ -335,10 +335,10 @@ def test_shares_of_odd_counts(count, world, multiple, share, monkeypatch):
     """Kills: a slot that two ranks own or none, a share of another length than the other ranks', which a collective
     would not take, padding that is not zero or is taken from the wrong end. 5 slots on 4 ranks: 2, 2, 1 and none."""
     monkeypatch.setattr(aurora.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(aurora.dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(aurora.dist, "get_world_size", lambda group: world)
     slots, taken, owned = torch.arange(1.0, 1 + 2 * count).view(count, 2), [], []
     for rank in range(world):
-        monkeypatch.setattr(aurora.dist, "get_rank", lambda: rank)
+        monkeypatch.setattr(aurora.dist, "get_rank", lambda group: rank)
         shares = Shares.of(count, multiple)
         assert (shares.share, shares.padded) == (share, world * share) and share % multiple == 0
         taken.append(shares.take(slots))
