@@ -75,7 +75,8 @@ def alone(folder: Path) -> Iterator[None]:
             print(f"{folder}: another process is at work there; waiting for it", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:  # ENOSYS of Lustre without -o flock, ENOLCK of NFS without lockd
-            print(f"{folder}: warning: it cannot be locked ({error.strerror}): let no other process work there", flush=True)
+            print(f"{folder}: warning: it cannot be locked ({error.strerror}): let no other process work there",
+                  flush=True)
         yield
     finally:
         os.close(lock)

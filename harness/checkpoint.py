@@ -152,8 +152,8 @@ def read_checkpoint(folder: Path) -> dict:
 #            State of a run            #
 ########################################
 # With --checkpoint-every N the newest state is in logs/NAME.checkpoint; SIGUSR1 saves at the next step, SIGTERM, SIGHUP
-# and Ctrl-C save and stop; under nohup, which asks that a run outlives its terminal, SIGHUP saves alone. The place in the data follows from the step; nothing is drawn at random after the initial
-# weights.
+# and Ctrl-C save and stop; under nohup, which asks that a run outlives its terminal, SIGHUP saves alone. The place in
+# the data follows from the step; nothing is drawn at random after the initial weights.
 
 STATE = dict(hyperparameters=dict, source_sha256=str, end=int, neurons=int, every=int, failed=bool, seed=int, step=int,
              trial=dict, banks=list, lengths=dict)  # `end`: of the seeds
@@ -172,8 +172,7 @@ def folder_of(word: str) -> Path:
     if path.suffix != ".pt":
         return path
     if file_of(path.parent)[0] != path.name:
-        raise ValueError(f"{path} is not the file that {path.parent}/manifest.json names: give the folder, or a copy of "
-                         "it whose manifest names this file")
+        raise ValueError(f"{path} is not the file that {path.parent}/manifest.json names: give the folder")
     return path.parent
 
 

@@ -318,7 +318,8 @@ def disk(folder: Path, checkpoint_bytes: int) -> list[Finding]:
     except OSError as error:
         return [Finding(f"{place.resolve()} cannot be written: {error.strerror}", "the run could not begin its log",
                         "make it writable, or start in another folder")]
-    found = [Finding(f"{place.resolve()} cannot be locked: {unlocked}", "two runs that resume one log would both write it",
+    found = [Finding(f"{place.resolve()} cannot be locked: {unlocked}",
+                     "two runs that resume one log would both write it",
                      "see to it that one alone does; Lustre is mounted with -o flock", ends=False)] if unlocked else []
     free, needed = shutil.disk_usage(place).free, LOG_BYTES + checkpoint_bytes
     if free < LOG_BYTES:

@@ -44,7 +44,11 @@ def recall(experiment: Experiment, args: argparse.Namespace) -> Start:
     """What the arguments ask for, and the checkpoint that they name says. ValueError where the two do not fit."""
     if not (args.resume or args.fork_from):
         return Start(args, overridden(experiment, args.overrides))
-    folder = folder_of(args.resume or args.fork_from)
+    named = [args.resume or args.fork_from, *filter(os.path.exists, args.overrides)]
+    if len(named) > 1:  # of logs/*.checkpoint the shell makes all that there are
+        newest = max(named, key=lambda path: os.path.exists(path) and os.path.getmtime(path))
+        raise ValueError(f"a run goes on from one checkpoint, these are {len(named)}: give one; the newest is {newest}")
+    folder = folder_of(named[0])
     state = read_state(folder)
     words = [f"{name}={value}" for name, value in state["hyperparameters"].items()]
     same = state["hyperparameters"].keys() == vars(experiment.hyperparameters()).keys()  # else its words are unknown here
@@ -63,10 +67,6 @@ def recall(experiment: Experiment, args: argparse.Namespace) -> Start:
 
 
 def check_resume(args: argparse.Namespace, state: dict, folder: Path):
-    runs = [word for word in args.overrides if Path(word).exists()]
-    if runs:  # of logs/*.checkpoint the shell makes all that there are
-        newest = max([args.resume, *runs], key=os.path.getmtime)
-        raise ValueError(f"--resume goes on with one run, these are {1 + len(runs)}: give one; the newest is {newest}")
     if any(not word.startswith("micro_batch=") for word in args.overrides):
         raise ValueError("--resume goes on as the run began, without NAME=VALUE; --fork-from starts a variation")
     for path, size in log_files(folder.stem).items():
@@ -160,7 +160,8 @@ class Run:
         """A new log with its head; to resume, the run's own, truncated to where its checkpoint was."""
         name = (Path(self.args.resume).stem if self.args.resume else
                 time.strftime("%Y%m%d-%H%M%S-") + uuid.uuid4().hex[:8])
-        mirrors = [mirror_to_wandb(name, self.args.wandb, self.hp)] if self.args.wandb else []  # may fail: before the log
+        # before the log: it may fail
+        mirrors = [mirror_to_wandb(name, self.args.wandb, self.hp)] if self.args.wandb else []
         if self.args.resume:
             return RunLog(name, self.state["lengths"], mirrors)
         block = facts(self.experiment, self.hp, self.place, self.shards | self.val_shards)

@@ -159,16 +159,18 @@ def test_a_worker_does_not_outlive_its_launcher(quick, tmp_path):
         "os.kill(os.getpid(), signal)", "parent = os.getppid(); os.kill(parent, signal)\n"
         "        while os.getppid() == parent: pass")
     (tmp_path / "orphan.py").write_text(script)
-    run = subprocess.run(["sh", "-c", '"$@"; true', "sh", sys.executable, "orphan.py", *quick, "--checkpoint-every", "100"],
-                         cwd=tmp_path, text=True, capture_output=True, timeout=60,
-                         env=os.environ | {"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                                           "PYTHONPATH": str(ROOT)})
+    words = [sys.executable, "orphan.py", *quick, "--checkpoint-every", "100"]
+    run = subprocess.run(["sh", "-c", '"$@"; true', "sh", *words], cwd=tmp_path, text=True, capture_output=True,
+                         timeout=60, env=os.environ | {"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1",
+                                                       "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
     assert run.returncode == -signal.SIGUSR1  # its output ends when the worker's does
-    assert run.stderr == f"train_gpt.py: stopped by a signal at step 5; --resume logs/{checkpoint_of(tmp_path).name} goes on\n"
+    folder = f"logs/{checkpoint_of(tmp_path).name}"
+    assert run.stderr == f"train_gpt.py: stopped by a signal at step 5; --resume {folder} goes on\n"
 
 
 def test_files_of_other_names_stay_in_a_checkpoint(tmp_path):
-    """Kills: a state that a person has kept, or a note beside it, removed by the next checkpoint; old states that stay."""
+    """Kills: a state that a person has kept, or a note beside it, removed by the next checkpoint; old states that
+    stay."""
     write_checkpoint(tmp_path / "run", "seed0-step1.pt", {"x": torch.zeros(1)})
     for name in ("best.pt", "notes.txt", "seed0-step2.part"):
         (tmp_path / "run" / name).touch()
@@ -178,8 +180,8 @@ def test_files_of_other_names_stay_in_a_checkpoint(tmp_path):
 
 
 def test_what_a_person_types_for_resume(quick, tmp_path, monkeypatch):
-    """Kills: [Errno 20] for the file in the folder or for the log; another state than the one that is named; a card that
-    is too small to go on; a resumed run that calls itself another program."""
+    """Kills: [Errno 20] for the file in the folder or for the log; another state than the one that is named; a card
+    that is too small to go on; a resumed run that calls itself another program."""
     train(tmp_path, [*quick, "train_steps=9", "--checkpoint-every", "4"])
     folder = checkpoint_of(tmp_path)
     log = folder.with_suffix(".txt")

@@ -595,7 +595,8 @@ def test_what_was_read_and_skipped_is_told(tmp_path, capsys, monkeypatch):
     """Catches a text that is left out without a word."""
     folder = tmp_path / "texts"
     folder.mkdir()
-    for name, raw in (("a", b"text" * 99), ("b", b"text" * 99), ("c", b"more" * 99), ("d", b"\0"), ("e", b"\xff"), ("f", b"")):
+    raws = b"text" * 99, b"text" * 99, b"more" * 99, b"\0", b"\xff", b""
+    for name, raw in zip("abcdef", raws):
         (folder / name).write_bytes(raw)
     local.main([str(folder), "--out", str(tmp_path / "out"), "--encoding", "bytes", "--val-tokens", "9"])
     read, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("read "))

@@ -315,8 +315,8 @@ def test_what_another_job_has_left(machine, monkeypatch):
 
 
 def test_the_dry_run_has_the_persons_environment(monkeypatch):
-    """Kills: a PYTHONPATH of the machine's modules that the doctor drops and the run has; a variable of another job that
-    the doctor writes over, and the run stumbles on."""
+    """Kills: a PYTHONPATH of the machine's modules that the doctor drops and the run has; a variable of another job
+    that the doctor writes over, and the run stumbles on."""
     monkeypatch.setattr(doctor, "PROBE", "import os, sys; print('{}', os.environ['WORLD_SIZE'], sep='\\n'); "
                                          "print(os.environ['PYTHONPATH'])")
     monkeypatch.setenv("WORLD_SIZE", "abc")

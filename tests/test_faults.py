@@ -315,7 +315,8 @@ def test_a_run_that_goes_on_runs_what_it_cuts_off(quick, tmp_path, monkeypatch):
 
 
 def test_what_is_no_log_is_skipped(quick, tmp_path, monkeypatch, capsys):
-    """Kills: --trials, or the desk, that a folder, a dangling link or another's file of that name keeps from starting."""
+    """Kills: --trials, or the desk, that a folder, a dangling link or another's file of that name keeps from
+    starting."""
     train(tmp_path, [*quick, "--trials", "2"])
     (tmp_path / "logs" / "00.txt").mkdir()
     (tmp_path / "logs" / "01.txt").symlink_to("/nonexistent")
@@ -336,8 +337,8 @@ def test_logs_that_cannot_be_locked(number, quick, tmp_path, monkeypatch, capsys
     monkeypatch.setattr("fcntl.flock", refuse)
     train(tmp_path, quick)
     assert read(log_of(tmp_path)).trials[0].complete
-    assert capsys.readouterr().err == (f"train_gpt.py: warning: logs/ cannot be locked ({os.strerror(number)}): see to it "
-                                       "that no other run resumes this log\n")
+    assert capsys.readouterr().err == (f"train_gpt.py: warning: logs/ cannot be locked ({os.strerror(number)}): see to "
+                                       "it that no other run resumes this log\n")
 
 
 def test_where_the_locale_is_ascii(quick, tmp_path):
