@@ -318,8 +318,8 @@ def test_a_stage_that_no_graph_can_hold(name, graphs, runs, own_stages, monkeypa
     monkeypatch.setattr(torch.cuda, "graph", lambda *arguments, **named: contextlib.nullcontext())
     monkeypatch.setattr(aurora, "compiled_rule", lambda text: lambda *arguments: calls.append(text))
     with FakeTensorMode(), Unguarded():
-        params = {"a": nn.Parameter(torch.empty(4, 4)), "b": nn.Parameter(torch.empty(8, 4))}
-        bank = Bank(params, (4, 4), rule, lambda step: 0.1, torch.device("cuda", 0), pool="pool")
+        params = {name: nn.Parameter(torch.empty(rows, 4, device="cuda")) for name, rows in (("a", 4), ("b", 8))}
+        bank = Bank(params, (4, 4), rule, lambda step: 0.1, pool="pool")
         for step in range(4):
             bank.reduce()
             bank.step(step)
