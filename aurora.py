@@ -133,7 +133,7 @@ def polar(G: Tensor, coefficients=SIMPLE_QUINTIC_12, dtype=torch.bfloat16, norm=
 
     Newton-Schulz moves each singular value s to p(...p(s / norm(G))). Those above 1e-3 norm(G) end within 5e-6 of 1
     with the record's table, 1e-14 with POLAR_EXPRESS_8 or CANS_12, .53 with QUINTIC_5, in exact arithmetic; smaller
-    ones fall short of 1. Numbers above 1e19 have no norm in fp32: polar is 0 then, too. bf16 adds up to 7e-3 where G is well-conditioned; where it is not, rounding noise grows as
+    ones fall short of 1. Above 1e19 fp32 has no norm: 0 again. bf16 adds up to 7e-3 where G is well-conditioned; where it is not, rounding noise grows as
     small singular values do, so that an exactly low-rank G gets more rank than it had.
     """
     X = G.to(dtype)
@@ -685,7 +685,7 @@ COMPILED = {"realize_reads_threshold": 1}  # has Inductor store N: else each rea
 
 @cache
 def compiled_rule(text: str) -> Callable:
-    """advance_ by a rule in few kernels: result #17's are some 40, which read or write the stack 28 times
+    """advance_ by a rule in few kernels: result #17's are some 40, which read or write the stack 27 times
     (bench/graph.py counts them). Operation by operation it would be several times as often."""
     return torch.compile(partial(advance_, Rule.of(text)), dynamic=False, options=COMPILED)
 
@@ -841,7 +841,7 @@ class Shares(NamedTuple):
 
     @classmethod
     def of(cls, count: int, multiple: int = 1, group=None) -> "Shares":
-        """Of the ranks of a process group, by default of all; of one where there is none. `multiple` divides a share."""
+        """Of the ranks of a process group, by default of all; of one without any. `multiple` divides a share."""
         several = dist.is_available() and dist.is_initialized()
         rank, world = (dist.get_rank(group), dist.get_world_size(group)) if several else (0, 1)
         return cls(count, -(-count // (world * multiple)) * multiple, rank, world, group)
@@ -1106,7 +1106,7 @@ class Aurora(torch.optim.Optimizer):
     def state_dict(self) -> dict:
         if not self._consolidated and (lacking := self._lacking()):
             raise RuntimeError(f"the state of {len(lacking)} of {len(self._owners())} matrices is on other ranks: have "
-                               "all ranks call consolidate_state_dict() before (Aurora's docstring says how in frameworks)")
+                               "all ranks call consolidate_state_dict() before (its docstring says how in frameworks)")
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict):
@@ -1136,7 +1136,7 @@ class Aurora(torch.optim.Optimizer):
                                              "several without consolidate_state_dict(), or by another optimizer?")
                         if shape is not None and state[name].shape != shape:
                             raise ValueError(f"{names[p]} has {name} of shape {tuple(state[name].shape)} in that "
-                                             f"state, not {tuple(shape)}: it is of other parameters, or in another order")
+                                             f"state, not {tuple(shape)}: it is of others, or in another order")
                     states[p] = state
         return states
 
@@ -1195,7 +1195,7 @@ def check_settings(group: dict):
 def check_parameter(p: Tensor):
     """ValueError where Aurora cannot update it."""
     if hasattr(p, "device_mesh"):
-        raise ValueError(f"Aurora updates whole matrices, got a DTensor of shape {tuple(p.shape)}, which lies in pieces "
+        raise ValueError(f"Aurora updates whole matrices, got a DTensor of shape {tuple(p.shape)}, in pieces "
                          "on several ranks: use DistributedDataParallel in place of fully_shard or tensor parallelism")
     if p.ndim != 2:
         raise ValueError(f"Aurora updates matrices, got a parameter of shape {tuple(p.shape)}: give vectors "

@@ -503,3 +503,56 @@ def test_floor_lifts_short_updates_and_leaves_long_ones():
     tiny = 1e-9 * U[0] / U[0].norm()
     lifted = update_weight_floor(tiny, 0 * W[0], 3.0)  # both lengths count as 1e-8
     torch.testing.assert_close(lifted, 3 * tiny, rtol=1e-5, atol=0)
+
+
+def structured_gradients(m, n):
+    """Finite gradients of every kind that a layer can meet, and some that it should not."""
+    random, a, b = draw(m, n), draw(m, 1, seed=1), draw(1, n, seed=2)
+    half_zero, opposite, spiked, single = random.clone(), random.clone(), random.clone(), torch.zeros(m, n)
+    half_zero[::2] = 0
+    opposite[:, 1::2] = -opposite[:, : n // 2 * 2 : 2]
+    spiked[0] *= 1e6
+    single[m // 2, n // 2] = 1
+    whole = torch.randint(-3, 4, (m, n), generator=torch.Generator().manual_seed(3)).float()
+    whole[:, -1] -= whole.sum(1)
+    signs = torch.cat([torch.ones(1, n // 2), -torch.ones(1, n - n // 2)], 1)
+    return dict(random=random, half_zero=half_zero, opposite=opposite, spiked=spiked, spiked_column=spiked.flip(0) * b,
+                single=single, whole=whole, ones=torch.ones(m, n), rank_1=a @ b, rank_1_signs=a @ signs,
+                faint_signs=1e-8 * a @ signs, centred=random - random.mean(1, keepdim=True), zero=0 * random,
+                tiny=1e-30 * random, tiny_rank_1=1e-30 * a @ b, large=1e20 * random, huge=1e30 * random,
+                huge_rank_1=1e30 * a @ b, huge_signs=1e25 * a @ signs, wide_range=random * torch.logspace(-30, 30, n))
+
+
+@pytest.mark.parametrize("name", sorted(UPDATES.keys() - {"adamw"}))
+def test_every_direction_is_finite_and_downhill(name):
+    """Kills: a direction that climbs, as Contra's did where rows sum to zero and power iteration found nothing; NaN
+    from a norm that overflows, from zero rows or from one column. A first step, without the floor."""
+    text = UPDATES[name].replace(" | floor(0.35)", "")
+    for shape in (SQUARE, TALL, WIDE, (1, 8), (8, 1), (1, 1), (200, 2), (2, 200), (64, 1), (128, 64)):
+        for kind, G in structured_gradients(*shape).items():
+            p = torch.nn.Parameter(torch.zeros(shape))
+            p.grad = G
+            Aurora([p], lr=1.0, update=text).step()
+            down, G = -p.detach().double(), G.double()
+            assert down.isfinite().all(), (shape, kind)
+            assert (down * G).sum() >= -1e-6 * down.norm() * G.norm(), (shape, kind)
+            if 1e-12 < G.norm() < 1e19:  # beyond, the epsilons rule, or fp32 has no norm
+                assert down.any(), (shape, kind)
+
+
+def test_spectral_norm_of_rows_that_sum_to_zero():
+    """Kills: power iteration that starts where it finds nothing, and gives zero, which Contra divides by; a bound that
+    changes what power iteration finds elsewhere, as where all singular values are equal."""
+    for shape in (SQUARE, TALL, WIDE, (3, 2)):
+        for kind, G in structured_gradients(*shape).items():
+            if "huge" in kind or "tiny" in kind or kind in ("large", "wide_range"):
+                continue
+            frobenius = G.norm().item()
+            assert 0.98 * frobenius / min(shape) ** 0.5 <= spectral_norm(G).item() <= 1.001 * frobenius, (shape, kind)
+    Q = torch.linalg.qr(draw(64, 64)).Q
+    v = torch.full((1, 64), 1 / 8.0)
+    for _ in range(5):
+        u = (Q * v).sum(1, keepdim=True)
+        v = (Q * (u / u.norm())).sum(0, keepdim=True)
+        v = v / v.norm()
+    assert spectral_norm(Q).item() == pytest.approx((Q * v).sum(1).norm().item(), rel=1e-6)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import ROOT, UPDATES
+from conftest import ROOT, UPDATES, start
 
 from aurora import Aurora
 
@@ -107,7 +107,7 @@ def test_a_gradient_on_some_ranks_alone(ranks):
         assert first == second
         assert all(map(torch.equal, *(rank[f"{name}: weights"] for rank in ranks)))
     assert ranks[0]["not owned"] == "accepted"
-    assert "parameter 0 of group 0, of shape (6, 4), has a gradient on another rank and none on rank 0" in ranks[0]["owned"]
+    assert "parameter 0 of group 0, of shape (6, 4), has a gradient on another rank and none on rank 0" in ranks[1]["owned"]
 
 
 def test_ranks_with_weights_of_their_own(ranks):
@@ -214,7 +214,8 @@ def test_state_by_names_and_hooks():
     hook.remove()
     muon = torch.optim.Muon(models[1].parameters())
     assert "no state of Aurora's" in refusal(lambda: second.load_state_dict(muon.state_dict()))
-    assert "of shape (4, 8)" in refusal(lambda: Aurora(torch.nn.Linear(8, 5, bias=False).parameters()).load_state_dict(state))
+    other = Aurora(torch.nn.Linear(8, 5, bias=False).parameters())
+    assert "of shape (4, 8)" in refusal(lambda: other.load_state_dict(state))
 
 
 ELSEWHERE = """
@@ -240,3 +241,96 @@ def test_carried_elsewhere_as_one_file(tmp_path):
     (tmp_path / "kernels" / "__init__.py").touch()
     (tmp_path / "main.py").write_text(ELSEWHERE)
     subprocess.run([sys.executable, "main.py"], cwd=tmp_path, check=True)
+
+
+# Frameworks: two processes train 4 steps, save after 2, and a second run from there ends with the same weights
+
+FRAMEWORK = """
+import sys
+import torch
+from torch.utils.data import DataLoader
+sys.path.insert(0, sys.argv[1])
+from aurora import Aurora
+torch.set_num_threads(1)
+X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(8, 16, bias=False), torch.nn.ReLU(), torch.nn.Linear(16, 8, bias=False))
+def same(first, second):
+    assert all(map(torch.equal, first, second)), "resumed otherwise"
+"""
+PROGRAMS = {
+    "transformers": """
+import transformers
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+    def forward(self, x, labels=None):
+        return dict(loss=(self.net(x) - x).square().mean())
+class Consolidate(transformers.TrainerCallback):
+    def on_step_end(self, args, state, control, optimizer, **others):
+        if control.should_save:
+            optimizer.optimizer.consolidate_state_dict()
+    on_epoch_end = on_step_end
+def train(resume):
+    model = Model()
+    settings = transformers.TrainingArguments("out", per_device_train_batch_size=4, max_steps=4, save_steps=2,
+        report_to=[], use_cpu=True, disable_tqdm=True, ddp_timeout=60, lr_scheduler_type="constant")
+    transformers.Trainer(model=model, args=settings, train_dataset=[dict(x=x, labels=x) for x in X],
+        optimizers=(Aurora(model.parameters(), lr=0.02), None), callbacks=[Consolidate()]).train(resume)
+    return list(model.parameters())
+same(train(None), train("out/checkpoint-2"))
+""",
+    "accelerate": """
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True)
+def train(resume):
+    model = network()
+    optimizer = Aurora(model.parameters(), lr=0.02)
+    model, prepared, loader = accelerator.prepare(model, optimizer, DataLoader(X, 8))
+    if resume:
+        accelerator.load_state("out")
+    for step, x in enumerate(loader):
+        if 2 * resume <= step < 4:
+            accelerator.backward((model(x) - x).square().mean())
+            prepared.step()
+            prepared.zero_grad()
+        if step == 1 and not resume:
+            optimizer.consolidate_state_dict()
+            accelerator.save_state("out")
+    result = [p.detach().clone() for p in model.parameters()]
+    accelerator.free_memory()
+    return result
+same(train(False), train(True))
+""",
+    "lightning": """
+import lightning
+class Module(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+    def training_step(self, x):
+        return (self.net(x) - x).square().mean()
+    def configure_optimizers(self):
+        return Aurora(self.net.parameters(), lr=0.02)
+def train(steps, resume=None):
+    module = Module()
+    trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_steps=steps, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(module, DataLoader(X, 8), ckpt_path=resume)
+    trainer.save_checkpoint(f"{steps}.ckpt")
+    return list(module.net.parameters())
+whole = train(4)
+train(2)
+same(whole, train(4, "2.ckpt"))
+"""}
+
+
+@pytest.mark.parametrize("framework", PROGRAMS)
+def test_a_framework_saves_and_resumes(framework, tmp_path):
+    """Kills: a checkpoint at which a framework hangs, or that lacks what other ranks own."""
+    pytest.importorskip(framework)
+    (tmp_path / "program.py").write_text(FRAMEWORK + PROGRAMS[framework])
+    run = start([str(ROOT)], tmp_path, tmp_path / "program.py", processes=2, HF_HUB_OFFLINE="1")
+    assert run.returncode == 0, run.stderr
