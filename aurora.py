@@ -227,7 +227,7 @@ def riemannian_balanced_polar(G: Tensor, steps: int = 3, step_size: float = 0.1,
         return riemannian_balanced_polar(G.mT, steps, step_size, polar).mT
     G = G.to(at_least_fp32(G))
     mean_sigma = inner(G, polar(G)) / n
-    G = torch.where(mean_sigma > 0, G / mean_sigma.clamp(min=torch.finfo(G.dtype).tiny), 0)
+    G = torch.where(mean_sigma == 0, 0, G / mean_sigma.clamp(min=torch.finfo(G.dtype).tiny))
     start = U = balanced_polar(G, polar=polar).to(G.dtype)
     for _ in range(steps):
         U = U + step_size * balanced_tangent(U, G)
