@@ -303,6 +303,15 @@ class Stage(NamedTuple):
     after: Callable | None  # state -> state, outside of a CUDA graph, once the step's weights are on their way
     alone: bool  # whether it is a rule by itself, and works in place
 
+    @property
+    def moves(self) -> bool:
+        """Whether it moves the weight by the update."""
+        return "W" in self.makes and ("U" in self.takes or self.alone)
+
+    def kept(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Its part of a rule's state, by its own names."""
+        return {name: state[f"{self.name}.{name}"] for name in self.state}
+
 
 STAGES: dict[str, Stage] = {}
 
@@ -538,7 +547,7 @@ def row_floor(U: Tensor, W: Tensor, target: float = 0.3825) -> Tensor:
 @stage()
 def brake(U: Tensor, W: Tensor, outward: float = 0.5) -> Tensor:
     """U - (1 - outward) min(c, 0) W,  c = <U, W> / ||W||_F^2: W moves by -lr U, so that c < 0 lengthens it."""
-    along = (U * W).sum(dim=(-2, -1), keepdim=True) / frobenius(W).square().clamp(min=1e-12)
+    along = inner(U, W) / frobenius(W).square().clamp(min=1e-12)
     return U - (1 - outward) * along.clamp(max=0) * W
 
 
@@ -546,7 +555,7 @@ def brake(U: Tensor, W: Tensor, outward: float = 0.5) -> Tensor:
 def pin(W: Tensor, W0: Tensor, U: Tensor, lr) -> Tensor:
     """W of length r - lr <U, W0> / r,  r = ||W0||_F: the part of the step across W0 does not lengthen W."""
     before = frobenius(W0).clamp(min=1e-8)
-    after = (before - lr * (U * W0).sum(dim=(-2, -1), keepdim=True) / before).clamp(min=1e-8)
+    after = (before - lr * inner(U, W0) / before).clamp(min=1e-8)
     return W * after / frobenius(W).clamp(min=1e-8)
 
 
@@ -610,13 +619,13 @@ class Rule(NamedTuple):
                 raise ValueError(f"{stage.name} is a rule by itself: no other stage can stand beside it")
             if missing := set(stage.takes) - made:
                 raise ValueError(f"{stage.name} needs {missing.pop()}, which no stage before it makes: nesterov does")
-            moved = [other.name for other, _ in parts[:i] if "W" in other.makes and "U" in other.takes]
+            moved = [other.name for other, _ in parts[:i] if other.moves]
             if moved and "W" not in stage.makes:
                 raise ValueError(f"{stage.name} stands after {moved[0]}, where its update is of no use: put it before")
             if "W0" in stage.takes and not moved:
                 raise ValueError(f"{stage.name} looks back at the step: put it after step")
             made |= set(stage.makes)
-        if not any("W" in stage.makes and ("U" in stage.takes or stage.alone) for stage, _ in parts):
+        if not any(stage.moves for stage, _ in parts):
             raise ValueError(f"{text!r} does not move the weight: end it with | step")
         return cls(text, parts)
 
@@ -645,8 +654,7 @@ class Rule(NamedTuple):
         step needs beyond the weights does not grow with depth. `knobs`: lr, t and at(step), on a GPU 0-d tensors."""
         if self.alone:
             (adam, numbers), = self.parts
-            kept = {name: state[f"{adam.name}.{name}"] for name in adam.state}
-            adam.function(W=W, G=G, lr=knobs["lr"], t=knobs["t"], **kept, **numbers)
+            adam.function(W=W, G=G, lr=knobs["lr"], t=knobs["t"], **adam.kept(state), **numbers)
         elif W.is_cuda:
             compiled_rule(self.text)(W, G, state, knobs)
         else:
@@ -657,7 +665,7 @@ class Rule(NamedTuple):
         """The stages' second parts, in place: what no CUDA graph can hold, and the next step alone needs."""
         for stage, _ in self.parts:
             if stage.after:
-                kept = {name: state[f"{stage.name}.{name}"] for name in stage.state}
+                kept = stage.kept(state)
                 for name, value in stage.after(**kept).items():
                     kept[name].copy_(value)
 
@@ -667,16 +675,16 @@ def advance_(rule: Rule, W: Tensor, G: Tensor, state: dict[str, Tensor], knobs: 
     dtype = at_least_fp32(W)
     flow = dict(G=G.to(dtype), U=G.to(dtype), W=W.to(dtype), W0=W.to(dtype), lr=knobs["lr"], t=knobs["t"])
     for stage, numbers in rule.parts:
-        kept = [f"{stage.name}.{name}" for name in stage.state]
-        inputs = {name: flow[name] for name in stage.takes} | dict(zip(stage.state, [state[name] for name in kept]))
+        kept = stage.kept(state)
+        inputs = {name: flow[name] for name in stage.takes} | kept
         for name, value in numbers.items():
             inputs[name] = knobs[f"{stage.name}.{name}"] if callable(value) else value
         made = stage.function(**inputs)
         made = made if isinstance(made, tuple) else (made,)
         assert len(made) == len(stage.makes) + len(kept), f"{stage.name} returns {len(made)} values"
         flow |= dict(zip(stage.makes, made))
-        for name, value in zip(kept, made[len(stage.makes):]):
-            state[name].copy_(value)
+        for x, value in zip(kept.values(), made[len(stage.makes):]):
+            x.copy_(value)
     W.copy_(flow["W"])
 
 
@@ -808,10 +816,10 @@ def number(where: str, node: ast.expr, kind: type, least: int = 1) -> float:
 def with_knob(text: str, name: str, knob: str, value: str) -> str:
     """A rule's text with another value of a stage's knob. ValueError as Rule.of."""
     nodes, new = chain(text), parse_expression(value, "a number or a schedule")
-    index = [read_call(node, STAGES, "stage")[0] for node in nodes].index(name)
-    _, arguments = read_call(nodes[index], STAGES, "stage")
+    calls = [read_call(node, STAGES, "stage") for node in nodes]
+    index = [called for called, _ in calls].index(name)
     names = list(STAGES[name].knobs)
-    bound = bind(name, name, arguments, names, []) | bind(f"{name}.{knob}={value}", name, [(knob, new)], names, [])
+    bound = bind(name, name, calls[index][1], names, []) | bind(f"{name}.{knob}={value}", name, [(knob, new)], names, [])
     in_order = [x for x in names if x in bound]
     positional = in_order if in_order == names[:len(in_order)] else []
     nodes[index] = ast.Call(ast.Name(name), [bound[x] for x in positional],
@@ -1033,7 +1041,7 @@ class Aurora(torch.optim.Optimizer):
 
     def _moving(self) -> set[Tensor]:
         """The parameters that have a gradient: all ranks agree on them, or all raise the same ValueError."""
-        owners, names, (rank, world) = self._owners(), self._names(), self._shares([])[2:4]
+        owners, (rank, world) = self._owners(), self._shares([])[2:4]
         flags = [(p.grad is not None, p.grad is None and owner == rank,
                   p.grad is not None and p.grad.layout != torch.strided) for p, owner in owners.items()]
         if world > 1:
@@ -1045,10 +1053,10 @@ class Aurora(torch.optim.Optimizer):
                 flags = counts.tolist()
         for (p, owner), (has, lacks, sparse) in zip(owners.items(), flags):
             if sparse:
-                raise ValueError(f"{names[p]} has a sparse gradient, and Aurora takes dense ones: an embedding makes "
+                raise ValueError(f"{self._names()[p]} has a sparse gradient, and Aurora takes dense ones: an embedding makes "
                                  "them with sparse=False")
             if has and lacks:
-                raise ValueError(f"{names[p]} has a gradient on another rank and none on rank {owner}, which owns it: "
+                raise ValueError(f"{self._names()[p]} has a gradient on another rank and none on rank {owner}, which owns it: "
                                  "all-reduce gradients before the step, with zeros where a rank has none")
         return {p for p, (has, _, _) in zip(owners, flags) if has}
 

@@ -65,7 +65,7 @@ class Hyperparameters:
     embed_lr: float = 0.3
     head_lr: float = 1 / 320
     vector_lr: float = 0.01  # biases and gains
-    # schedules of the rates, of SCHEDULES_OF_RATES below
+    # schedules of the rates, of RATES below
     matrix_schedule: str = "linear(0.7)"
     adam_schedule: str = "linear(0.7)"
     warmup_steps: int = 1  # the first step has 1 / warmup_steps of the rate: 1 is no warm-up
