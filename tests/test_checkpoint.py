@@ -268,7 +268,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(quick, tmp_path, capsys)
     """Kills: a checkpoint before that is gone; half a file left on a full disk; a run that ends of it, or silence."""
     write_checkpoint(tmp_path / "run", "a.pt", {"x": torch.zeros(10)})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # takes a log, and no checkpoint
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, limits[1]))  # takes a log, and no checkpoint
     try:
         with pytest.raises((OSError, RuntimeError)):
             write_checkpoint(tmp_path / "run", "b.pt", {"x": torch.zeros(10**6)})
@@ -300,7 +300,7 @@ def test_a_checkpoint_is_of_its_moment(quick, tmp_path, monkeypatch):
     monkeypatch.setattr("harness.checkpoint.write_checkpoint", slow)
     factor = train_gpt.learning_rate_factor
     monkeypatch.setattr(train_gpt, "learning_rate_factor",
-                        lambda step, hp: (step == 5 and step_6.set()) or factor(step, hp))
+                        lambda step, *rest: (step == 5 and step_6.set()) or factor(step, *rest))
     train(tmp_path / "slowly", words)
     for ours, theirs in zip(written, taken, strict=True):
         assert all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors(ours), tensors(theirs), strict=True))
