@@ -12,22 +12,22 @@ RECORDS = Path(__file__).resolve().parent
 RULE = {True: "PASS", False: "FAIL", None: "-"}  # None: the rule is not for this program
 
 
-def leaderboard(names: list[str], metric: str = "val_loss") -> dict:
+def leaderboard(names: list[str], metric: str | None = None) -> dict:
     """The groups in the logs that `names` mean; without names, the published results and the runs in records/."""
     logs = load(names or [str(RECORDS)], metric)
     return {
         "verdict": True,
         "published": [] if names else [row._asdict() for row in published.results().values()],
-        "groups": [describe(group, metric) for group in groups(logs)],
+        "groups": [describe(group) for group in groups(logs)],
     }
 
 
-def describe(group: list[Log], metric: str) -> dict:
+def describe(group: list[Log]) -> dict:
     """One recipe on one device: what stands in a row of the table."""
     row = {"program": recipe(group[0].source)[:8], "device": group[0].trials[0].device, "first": group[0].path,
            "logs": len(group), "runs": sum(len(log.trials) for log in group)}
     try:
-        sample = from_logs("", group, metric)
+        sample = from_logs("", group)
     except ValueError as error:  # no step in common
         return row | {"used": 0, "note": str(error)}
     return row | figures(sample)

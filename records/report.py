@@ -36,10 +36,10 @@ SORT = """document.querySelectorAll("th").forEach(head => head.addEventListener(
 }));"""
 
 
-def report(names: list[str], path: str, metric: str = "val_loss") -> None:
+def report(names: list[str], path: str, metric: str | None = None) -> None:
     """Write the page on the logs that `names` mean, by default those in records/, and on the published results."""
     logs = load(names or [str(leaderboard.RECORDS)], metric)
-    own = [from_logs(short_name(group[0].path), group, metric) for group in groups(logs)]
+    own = [from_logs(short_name(group[0].path), group) for group in groups(logs)]
     own = [sample for sample in own if sample.moments]
     parts = ["<h1>Steps to the target loss</h1>", progress_chart().to_html(full_html=False, include_plotlyjs=True),
              "<h2>Validation loss</h2>", f"<p>{HOW_TO}</p>"]
@@ -48,7 +48,7 @@ def report(names: list[str], path: str, metric: str = "val_loss") -> None:
         by_target.setdefault(sample.target, []).append(sample)
     parts += [curves(samples, target).to_html(full_html=False, include_plotlyjs=False)
               for target, samples in sorted(by_target.items(), reverse=True)]
-    parts += ["<h2>Runs</h2>", own_table(logs, metric), "<h2>Published results</h2>", published_table()]
+    parts += ["<h2>Runs</h2>", own_table(logs), "<h2>Published results</h2>", published_table()]
     page = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Steps to the target loss</title>'
             f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body>\n'
             + "\n".join(parts) + f"\n<script>{SORT}</script></body></html>\n")
@@ -133,10 +133,10 @@ def traces(sample: Sample, line: dict, in_legend: bool) -> list[go.Scatter]:
     return [*runs, mean]
 
 
-def own_table(logs: list, metric: str) -> str:
+def own_table(logs: list) -> str:
     rows = []
     for group in groups(logs):
-        row = leaderboard.describe(group, metric)
+        row = leaderboard.describe(group)
         used = row["used"] > 0
         rows.append([short_name(row["first"]), row["program"], row["device"], row["runs"], row["used"],
                      row["step"] if used else "", f"{row['mean']:.5f}" if used else "",
