@@ -74,10 +74,11 @@ def recipe(name: str, root: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def result_of(word: str = "@17_aurora") -> int | None:
-    """The number of the published result whose recipe a word names; without a word there are the defaults."""
+def result_of(word: str = "@17_aurora") -> int:
+    """The number of the published result whose recipe a word names, 0 for none; without a word there are the defaults.
+    """
     numbered = re.fullmatch(r"@(?:.*/)?(\d+)_[^/]*(?:/recipe)?", word)
-    return int(numbered[1]) if numbered else None
+    return int(numbered[1]) if numbered else 0
 
 
 def departures(hp, rules: dict) -> list[str]:

@@ -38,7 +38,7 @@ class Start(NamedTuple):
     hp: object  # the experiment's hyperparameters
     state: dict | None = None  # of the checkpoint that the first trial goes on from
     head: object = None  # of a resumed run, the hyperparameters at the head of its log; micro_batch may be another
-    result: int | None = None  # the published one whose curve the progress bar shows the run beside
+    result: int = 0  # the published one whose curve the progress bar shows the run beside; 0 is none
 
 
 def recall(experiment: Experiment, args: argparse.Namespace) -> Start:
@@ -70,11 +70,11 @@ def recall(experiment: Experiment, args: argparse.Namespace) -> Start:
                  result=shown_beside(state["result"], hp, before))
 
 
-def shown_beside(result: int | None, hp, recipe) -> int | None:
-    """The published result, or None where the run is to have another schedule or to claim another metric than its
+def shown_beside(result: int, hp, recipe) -> int:
+    """The published result, or 0 where the run is to have another schedule or to claim another metric than its
     recipe, whose curve would then tell nothing of it."""
     decisive = (name for name in vars(hp) if name.endswith(("_schedule", "_steps")) or name == "metric")
-    return result if all(getattr(hp, name) == getattr(recipe, name) for name in decisive) else None
+    return result * all(getattr(hp, name) == getattr(recipe, name) for name in decisive)
 
 
 def check_resume(args: argparse.Namespace, state: dict, folder: Path):

@@ -199,7 +199,7 @@ def peak_memory(place: Place) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def read_reference(hp, result: int | None, root: Path) -> dict[int, tuple]:
+def read_reference(hp, result: int, root: Path) -> dict[int, tuple]:
     """{step: (mean, sd, slope, half_width)} of a published result (records/published), for display; empty where none of
     its curves is of the run's metric and number of steps, and where the file is not there."""
     path = root / "records" / "published" / "reference.csv"
@@ -210,7 +210,7 @@ def read_reference(hp, result: int | None, root: Path) -> dict[int, tuple]:
     return {int(row[3]): tuple(map(float, row[4:])) for row in rows if row[:3] == wanted}
 
 
-def against_reference(step: int, loss: float, result: int | None, reference: dict[int, tuple]) -> str:
+def against_reference(step: int, loss: float, result: int, reference: dict[int, tuple]) -> str:
     """How far the loss that the run claims is from the published result's, in deviations between its runs; after 60% of
     the steps also the final loss that this foretells, +- 95%. Before that the interval is too wide to be useful.
     Neither is a reason to stop."""
