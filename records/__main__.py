@@ -124,10 +124,10 @@ def compare(options: argparse.Namespace) -> int:
     return show(result, desk.text(result, options.all), options)
 
 
-@verb("diff logs/OLD.txt logs/NEW.txt", argument("a", metavar="A", help="a log, or a .py file"),
+@verb("diff 17_aurora 36_muon_tuned", argument("a", metavar="A", help="a log, a .py file, or a recipe's folder"),
       argument("b", metavar="B"), JSON)
 def diff(options: argparse.Namespace) -> int:
-    """what changed between two programs: constants, then source by section; code 0 where nothing did"""
+    """what changed between two programs or recipes: update rules, constants, source; code 0 where nothing did"""
     from records import diff as desk
     result = desk.diff(options.a, options.b)
     return show(result, desk.text(result), options)

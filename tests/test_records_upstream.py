@@ -216,7 +216,8 @@ def test_a_metric_is_not_another(tmp_path, capsys):
     assert main(["reproduce", path, "--of", "44", "--metric", "val_ema_loss"]) == 2
     assert verify(capsys, "46")[1].startswith("8 of 8 runs used, target 3.28 of val_ema_loss\n")
     assert "PASS: 2735 is the earliest step to pass" in verify(capsys, "46", "--metric", "val_loss")[1]
-    assert "note: #44 has no val_ema_loss: this is its val_loss\n" in verify(capsys, "44", "--metric", "val_ema_loss")[1]
+    said = verify(capsys, "44", "--metric", "val_ema_loss")[1]
+    assert "note: #44 has no val_ema_loss: this is its val_loss\n" in said
 
 
 CLAIMING = UPSTREAM + "class Hyperparameters:\n    metric: str = '{}'\n    target_loss: float = 3.28\n"
@@ -238,7 +239,8 @@ def test_logs_of_the_published_curves(record, step, tmp_path, capsys):
     metric = published.METRICS.get(record, "val_loss")
     for seed, claimed in runs.items():
         raw = published.curves(record, "val_loss")[seed]
-        write(tmp_path / f"{seed:02}.txt", f"seed: {seed}\n", both(raw, claimed, steps), source=CLAIMING.format(metric))
+        lines = both(raw, claimed, steps)
+        write(tmp_path / f"{seed:02}.txt", f"seed: {seed}\n", lines, source=CLAIMING.format(metric))
     logs = str(tmp_path)
     status, out, err = verify(capsys, logs, "--all")
     assert (status, err) == (0, "") and f"PASS: {step} is the earliest step to pass" in out
