@@ -82,7 +82,8 @@ def page(tmp_path_factory) -> str:
 
 
 def test_report_holds_all(page):
-    """Kills: a result left out, #46 told without the loss that it claims; a recipe without its rule; a name of a file taken for HTML; a page that needs a network."""
+    """Kills: a result left out, #46 told without the loss that it claims; a recipe without its rule;
+    a name of a file taken for HTML; a page that needs a network."""
     text = open(page, encoding="utf-8").read()
     body = text[text.rindex("<h2>Runs</h2>"):]
     assert len(re.findall(r"<tr><td", body)) == 1 + len(recipes()) + 46

@@ -11,12 +11,12 @@ from test_records import OURS, ROOT, UPSTREAM, write
 
 import train_gpt
 from harness.log import flatten
-from records import published
+from records import leaderboard, published
 from records.__main__ import VERBS, fold, main, parser
 from records.diff import rules
 from records.plan import extended, fresh
 from records.program import constants, fingerprint, parse, sections
-from records.recipes import align, recipes, side_by_side
+from records.recipes import align, side_by_side
 from records.statistics import ASSUMED_SD, NOISE, Moments, judge
 
 BANNER = "#" * 40
@@ -231,19 +231,22 @@ def test_diff_shows_the_rules_of_programs(tmp_path, capsys):
     assert "has no class Hyperparameters to hold against a recipe" in capsys.readouterr().err
 
 
-def test_list_shows_every_recipes_rule(capsys, monkeypatch):
+def test_list_shows_every_recipes_rule(capsys, tmp_path, monkeypatch):
     """Kills: a rule that is broken within a stage, or runs past the screen; a folder left out; 2540 before 36."""
-    for rule in (None, " | ".join([RULE_46] * 3), "adamw(0.9, 0.95, 1e-10, 0.1)"):
-        if rule:
-            monkeypatch.setattr("records.leaderboard.rule", lambda name: rule)
-        out = run(capsys, "list")[1]
-        table = out[out.index("recipe  "):out.index("program ")].splitlines()
-        assert max(map(len, table)) <= 100 and all(line.count("(") == line.count(")") for line in table)
-        names = [line[:20].split()[0] for line in table[1:] if line[:20].strip()]
-        assert names == recipes() == sorted(names, key=lambda x: int(x.split("_")[0]) if x[0].isdigit() else 9999)
-    assert set(names) == {path.parent.name for path in (ROOT / "records").glob("*/recipe")}
-    rules = json.loads(run(capsys, "list", "--json")[1])["recipes"]
-    assert list(rules) == names
+    names = ["9_a", "36_b", "339_c", "2540_d", "adamw"]
+    for k, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        rule = " | ".join(["polar"] * k + [RULE_46] * 3)
+        (tmp_path / name / "recipe").write_text(f"matrix_update={rule}\nsoap.beta=0.{k}\n")
+    assert leaderboard.RECORDS == ROOT / "records"  # it has been imported before the next line
+    monkeypatch.setattr("records.recipes.RECORDS", tmp_path)
+    out = run(capsys, "list")[1]
+    table = out[out.index("recipe  "):out.index("\n\nprogram ")].splitlines()
+    assert max(map(len, table)) <= 100 and all(line.count("(") == line.count(")") for line in table)
+    assert [line[:20].split()[0] for line in table[1:] if line[:20].strip()] == names
+    shown = " ".join(line[20:] for line in table[1:])
+    assert shown.startswith(" | ".join([RULE_46] * 3) + ", soap.beta=0.0 polar | nesterov(")
+    assert list(json.loads(run(capsys, "list", "--json")[1])["recipes"]) == names
 
 
 def test_diff_of_the_same(tmp_path, capsys):
