@@ -42,11 +42,11 @@ def figures(sample: Sample) -> dict:
     claim, passes = sample.claim(), sample.earliest() is not None and not sample.diverged
     if sample.foreign:
         passes = None
-    notes = [note for note in (f"{len(sample.diverged)} diverged" if sample.diverged else "", sample.mixture,
-                               another(sample.foreign)) if note]
+    notes = (f"of its {sample.metric}" * (sample.metric != "val_loss"),
+             f"{len(sample.diverged)} diverged" * bool(sample.diverged), sample.mixture, another(sample.foreign))
     return {"used": claim.n, "target": sample.target, "step": claim.step, "mean": claim.mean,
             "statistic": judge(sample.moments[claim.step], sample.target).statistic, "passes": passes,
-            "note": "; ".join(notes)}
+            "note": "; ".join(filter(None, notes))}
 
 
 def text(result: dict) -> str:

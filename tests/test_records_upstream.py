@@ -251,6 +251,7 @@ def test_logs_of_the_published_curves(record, step, tmp_path, capsys):
         main(words)
         assert f"{step}" in capsys.readouterr().out
     if record == 46:
+        assert main(["list", logs]) == 0 and " (of its val_ema_loss)\n" in capsys.readouterr().out
         assert "PASS: 2735 is" in verify(capsys, logs, "--metric", "val_loss")[1]
         assert main(["reproduce", logs, "--of", "46", "--metric", "val_loss"]) == 0
 
