@@ -3,7 +3,6 @@
 import ast
 import difflib
 from functools import cache
-from itertools import zip_longest
 from pathlib import Path
 
 from records.log import read_bytes
@@ -16,7 +15,7 @@ TRAINER = RECORDS.parent / "train_gpt.py"
 def recipes() -> list[str]:
     """The folders that hold a recipe: in the order of their numbers, then those without one."""
     names = sorted(path.parent.name for path in RECORDS.glob("*/recipe"))
-    return sorted(names, key=lambda name: int(name.split("_")[0]) if name[0].isdigit() else float("inf"))
+    return sorted(names, key=lambda name: int(first) if (first := name.split("_")[0]).isdecimal() else float("inf"))
 
 
 def find(name: str) -> Path | None:
@@ -80,7 +79,8 @@ def align(a: str, b: str) -> list[tuple[str | None, str | None]]:
     rows = []
     for kind, i, j, k, end in difflib.SequenceMatcher(None, *names, autojunk=False).get_opcodes():
         left, right = [text for _, text in old[i:j]], [text for _, text in new[k:end]]
-        rows += zip(left, right) if kind == "equal" else [*zip_longest(left, ()), *zip_longest((), right)]
+        rows += zip(left, right) if kind == "equal" else [
+            *((text, None) for text in left), *((None, text) for text in right)]
     return rows
 
 
