@@ -64,7 +64,7 @@ class Trial:
         self.run, self.seed, self.state = run, seed, state
         self.hp, self.place, self.log = run.hp, run.place, run.log
         self.shards, self.val_shards = run.shards, run.val_shards
-        self.bar = tqdm(total=self.hp.train_steps, desc=f"seed {seed}", leave=False,
+        self.bar = tqdm(total=self.hp.last_step, desc=f"seed {seed}", leave=False,
                         disable=None if self.place.rank == 0 else True,
                         bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n}/{total}{postfix} [{elapsed}<{remaining}]")
         self.reference = read_reference(self.hp, run.root)
@@ -106,7 +106,7 @@ class Trial:
         between two steps heartbeat and checkpoint have their turn."""
         every = self.run.args.checkpoint_every
         self.clock.resume()
-        for done in range(first, self.hp.train_steps + 1):
+        for done in range(first, self.hp.last_step + 1):
             save = self.request or every and done > first and done % every == 0
             self.step = done + 1
             self.run.heartbeat.begin(self.step, usual=done > first and not save)
@@ -143,15 +143,16 @@ class Trial:
         with self.clock.stopped():
             yield
 
-    def validated(self, step: int, val_loss: float):
-        """Diverged where the loss is not finite or, from a tenth of the steps on, above that of step 0."""
+    def validated(self, step: int, losses: dict[str, float]):
+        """Diverged where the first of the losses is not finite or, from a tenth of the steps on, above that of step 0."""
+        val_loss = next(iter(losses.values()))
         seconds, (before, since) = self.clock.seconds, self.validated_at
         step_avg = (seconds - since) / (step - before) if step else math.nan
         self.validated_at = step, seconds
-        line = (f"step:{step}/{self.hp.train_steps} val_loss:{val_loss:.5f} "
-                f"train_time:{seconds:.3f}s step_avg:{1000 * step_avg:.2f}ms")
+        said = " ".join(f"{name}:{loss:.5f}" for name, loss in losses.items())
+        line = f"step:{step}/{self.hp.last_step} {said} train_time:{seconds:.3f}s step_avg:{1000 * step_avg:.2f}ms"
         self.log.line(line)
-        self.log.record(seed=self.seed, step=step, val_loss=val_loss, train_time=seconds)
+        self.log.record(seed=self.seed, step=step, **losses, train_time=seconds)
         if self.place.rank == 0:
             self.bar.write(line)
         self.bar.set_description_str(f"seed {self.seed}" + against_reference(step, val_loss, self.reference))
