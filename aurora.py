@@ -821,6 +821,10 @@ class Rule(NamedTuple):
                 advance_(self, W[part], G[part], {name: x[part] for name, x in state.items()},
                          {name: x[part] if isinstance(x, Tensor) and x.ndim else x for name, x in knobs.items()})
 
+    @property
+    def has_after(self) -> bool:
+        return any(stage.after for stage, _ in self.parts)
+
     def after_(self, state: dict[str, Tensor]):
         """The stages' second parts, in place: what no CUDA graph can hold, and the next step alone needs."""
         for stage, _ in self.parts:

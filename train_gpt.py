@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -295,6 +295,25 @@ class Replayed:
         self.graph.replay()
 
 
+class Beside:
+    """Runs work that is not in a hurry beside what follows: in a GPU's stream of its own, or, with None, at once."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __call__(self, work: Callable[[], None]):
+        if self.stream is None:
+            return work()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            work()
+
+    def wait(self):
+        """Let what comes from here on see what the work has done."""
+        if self.stream:
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+
 class Bank:
     """The parameters that one update rule moves, back to back in one tensor. A slot is one matrix, all of one shape,
     or, with slot=(), one number.
@@ -326,6 +345,7 @@ class Bank:
         self.knobs |= {name: self.shares.take(x).view(-1, *[1 for _ in slot]).to(device)
                        for name, x in rule.of_slots(sizes).items()}
         self.run = Replayed(pool) if device.type == "cuda" and rule.captured else lambda update: update()
+        self.beside = Beside(torch.cuda.Stream(device) if device.type == "cuda" and rule.has_after else None)
         self.buffers = {}
 
     def views(self, slots: Tensor) -> list[Tensor]:
@@ -344,10 +364,11 @@ class Bank:
     def step(self, step: int):
         """Update this rank's share after `step` steps, and start to send it to all ranks."""
         self.arrive()
+        self.beside.wait()
         self.turn_knobs(step)
         self.advance()
         self.work = self.shares.gather(self.weights)
-        self.rule.after_(self.state)
+        self.beside(partial(self.rule.after_, self.state))  # under the next forward and backward pass
 
     def turn_knobs(self, step: int):
         """To what they are in the step that is made after `step` steps."""
@@ -376,6 +397,7 @@ class Bank:
     def gather_state(self) -> dict[str, Tensor]:
         """Collective. On rank 0 returns masters and state of all ranks, (slots, ...), in host buffers that are valid
         until the next call; {} elsewhere."""
+        self.beside.wait()
         whole = {}
         for name, x in dict(masters=self.masters, **self.state).items():
             if self.shares.rank:
@@ -395,6 +417,7 @@ class Bank:
     def load(self, whole: dict[str, Tensor]):
         """Collective. Take this rank's share of a gather_state(), of any number of ranks, and send the weights. State
         that it lacks, of a stage that another rule did not have, stays zero."""
+        self.beside.wait()
         for name, x in dict(masters=self.masters, **self.state).items():
             if name in whole:
                 x.copy_(self.shares.take(whole[name]))

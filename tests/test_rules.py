@@ -334,6 +334,44 @@ def test_a_stage_that_no_graph_can_hold(name, graphs, runs, own_stages, monkeypa
     assert len(made) == graphs and calls == [rule.text] * runs
 
 
+def test_a_second_part_runs_beside_the_next_pass(own_stages, monkeypatch):
+    """Kills: a second part in the stream of the forward pass, which would wait for it; one that begins before the step
+    has made its state; a next step, a checkpoint or a load that does not wait for it. On a fake GPU, whose streams note
+    in what order things are asked of them."""
+    said = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            said.append(f"{self.name} waits for {other.name}")
+    main = Stream("main")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+
+    @contextlib.contextmanager
+    def on(stream):
+        said.append(f"on {stream.name}")
+        yield
+        said.append("on main")
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(aurora, "compiled_rule", lambda text: lambda *arguments: said.append("step"))
+
+    @stage(captured=False, average=whole, after=lambda average: said.append("after") or {})
+    def slow(U, average):
+        return U, average
+    with FakeTensorMode(), Unguarded():
+        bank = Bank({"a": nn.Parameter(torch.empty(4, 4, device="cuda"))}, (4, 4), Rule.of("slow | step"), lambda _: 0.1)
+        for step in range(2):
+            bank.reduce()
+            bank.step(step)
+        bank.buffers = {name: torch.empty(1, 4, 4) for name in ("masters", "slow.average")}
+        bank.load(bank.gather_state())
+    a_step = ["main waits for side", "step", "side waits for main", "on side", "after", "on main"]
+    assert said == [*a_step, *a_step, "main waits for side", "main waits for side"]
+
+
 # Shares
 
 @pytest.mark.parametrize("count, world, multiple, share", [
