@@ -26,7 +26,7 @@ differs within a stack, names(0.6, embed=0): 0.6, and 0 where the parameter's na
     riemannian_aurora(steps, step_size)  nearly the update of even rows that the gradient favours most
     polar, jordan_polar             U <- polar(U): Muon; by the record's table, by github.com/KellerJordan/Muon's
     schatten4_polar                 the record's table, of an input of Schatten-4 norm 1: results #30 to #46
-    soap(beta2, beta)               U = N <- U over a running root mean square in the eigenbases of the gradients: #44
+    soap(beta2, beta, every)        U = N <- U over a running root mean square in the eigenbases of the gradients: #44
     trust_gate(floor, cap, share)   U = N <- between the momentum and U, as far as the two and the gradient agree: #44
     contra(strength)                U <- U - strength/2 N/||N||_2, of the same length
     normuon(beta2)                  U <- its rows over a running mean of their squares, of the same length
@@ -313,7 +313,8 @@ class Stage(NamedTuple):
     makes: tuple[str, ...]  # of FLOW, what it returns first
     state: dict[str, Callable]  # {name: W -> shape} of what it keeps from step to step, zeros at first
     captured: bool  # whether a CUDA graph can hold it
-    after: Callable | None  # state -> state, outside of a CUDA graph, once the step's weights are on their way
+    after: Callable | None  # state -> state, outside of a CUDA graph, once the step's weights are on their way; of a
+    # stage with a knob `every`, after every so many steps
     views: dict[str, Callable]  # {view: W, state and knobs, by name -> W as the model holds it meanwhile}
     any_shape: bool  # whether it takes vectors and numbers, and not matrices alone
     in_place: bool  # whether it works in place, in W's own dtype, as the first of its rule
@@ -539,12 +540,13 @@ def next_bases(row_covariance, row_basis, column_covariance, column_basis, secon
 @stage(makes=("U", "N"), after=next_bases, row_covariance=row_pairs, row_basis=row_pairs,
        column_covariance=column_pairs, column_basis=column_pairs, second_moment=whole)
 def soap(U: Tensor, G: Tensor, row_covariance: Tensor, row_basis: Tensor, column_covariance: Tensor,
-         column_basis: Tensor, second_moment: Tensor, beta2: BelowOne = 0.9, beta: BelowOne = 0.9):
+         column_basis: Tensor, second_moment: Tensor, beta2: BelowOne = 0.9, beta: BelowOne = 0.9, every: int = 1):
     """SOAP (arXiv 2409.11321) as results #44 to #46 of track 3 have it, before a polar factor.
 
     In the bases L, R of the last step, Y = L^T U R,  v <- beta2 v + (1 - beta2) Y^2,  P = L (Y / sqrt(v)) R^T, which gets
     U's Schatten-4 norm. Then the covariances take in the gradient, C <- beta C + (1 - beta) G G^T, of columns G^T G.
-    The second moment is of the momentum, not of the gradient, and nothing is corrected for its start at zero.
+    The second moment is of the momentum, not of the gradient, and nothing is corrected for its start at zero. The bases
+    follow the covariances every so many steps.
     """
     L, R = started(row_basis), started(column_basis)
     Y = L.mT @ U @ R
@@ -825,10 +827,11 @@ class Rule(NamedTuple):
     def has_after(self) -> bool:
         return any(stage.after for stage, _ in self.parts)
 
-    def after_(self, state: dict[str, Tensor]):
-        """The stages' second parts, in place: what no CUDA graph can hold, and the next step alone needs."""
-        for stage, _ in self.parts:
-            if stage.after:
+    def after_(self, state: dict[str, Tensor], t: int):
+        """The stages' second parts, in place, after step t: what no CUDA graph can hold, and the next step alone
+        needs."""
+        for stage, numbers in self.parts:
+            if stage.after and t % numbers.get("every", 1) == 0:
                 kept = stage.kept(state)
                 for name, value in stage.after(**kept).items():
                     kept[name].copy_(value)
@@ -1195,7 +1198,7 @@ class Aurora(torch.optim.Optimizer):
         device = W.device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             rule.advance_(W, torch.stack([p.grad for p in params]), state, knobs)
-            rule.after_(state)
+            rule.after_(state, steps + 1)
         torch._foreach_copy_(list(out), list(W))
         for name, x in state.items():
             torch._foreach_copy_([self.state[p][name] for p in params], list(x))

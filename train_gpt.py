@@ -368,7 +368,7 @@ class Bank:
         self.turn_knobs(step)
         self.advance()
         self.work = self.shares.gather(self.weights)
-        self.beside(partial(self.rule.after_, self.state))  # under the next forward and backward pass
+        self.beside(partial(self.rule.after_, self.state, step + 1))  # under the next forward and backward pass
 
     def turn_knobs(self, step: int):
         """To what they are in the step that is made after `step` steps."""

@@ -278,7 +278,7 @@ def test_a_stage_of_ones_own(smooth):
     for done in range(6):
         G = draw(3, *TALL, seed=10 + done, dtype=torch.float64)
         rule.advance_(W, G, state, dict(lr=0.3, t=done + 1) | rule.at(done))
-        rule.after_(state)
+        rule.after_(state, done + 1)
         for p, g in zip(params, G):
             p.grad = g
         optimizer.step()
