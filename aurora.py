@@ -7,12 +7,18 @@ An update rule is one line of text. This is result #17's:
 A stage is a pure function of what flows from stage to stage, by the names in its signature:
 
     G gradient    W weight    W0 weight before the step    U update so far (G at first)    N what U was made of
-    lr rate       t number of this step, from 1
+    M momentum    lr rate     t number of this step, from 1
 
 It makes U, unless its decorator says otherwise, and returns that and then the state that the decorator declares. What
-is left of its signature are its knobs: numbers, or schedules of the step such as ramp(0.85, 0.95, 0, 300).
+is left of its signature are its knobs: numbers; schedules of the step such as ramp(0.85, 0.95, 0, 300); or, where it
+differs within a stack, names(0.6, embed=0): 0.6, and 0 where the parameter's name holds "embed" (_ stands for a dot).
+
+    ramp(before, after, start, stop)      from one value to another, linear between two steps
+    between(value, start, stop)           the value from one step up to another, else 0
+    power(value, steps, last, exponent)   value, and over the `last` of `steps` steps times (steps left / last)^exponent
 
     nesterov(mu)                    M <- mu M + (1 - mu) G;  U = N = (1 - mu) G + mu M
+    bimaxwell(mu, fast, slow, share) nesterov with the mean of two M's, one forgetting faster: pull request 339
     aurora(iterations, beta)        U <- balanced_polar(U): release of May 2026, result #17
     aurora_july(iterations, beta)   the same for tall matrices only, CANS-12 in fp32: release of July 2026
     aurora_paper(iterations, damping)  rows and polar factors in turn: Algorithm 3 of arXiv 2606.27715
@@ -20,7 +26,8 @@ is left of its signature are its knobs: numbers, or schedules of the step such a
     riemannian_aurora(steps, step_size)  nearly the update of even rows that the gradient favours most
     polar, jordan_polar             U <- polar(U): Muon; by the record's table, by github.com/KellerJordan/Muon's
     schatten4_polar                 the record's table, of an input of Schatten-4 norm 1: results #30 to #46
-    soap(beta2, beta)               U = N <- U over a running root mean square in the eigenbases of the gradients: #44
+    soap(beta2, beta, every)        U = N <- U over a running root mean square in the eigenbases of the gradients: #44
+    trust_gate(floor, cap, share)   U = N <- between the momentum and U, as far as the two and the gradient agree: #44
     contra(strength)                U <- U - strength/2 N/||N||_2, of the same length
     normuon(beta2)                  U <- its rows over a running mean of their squares, of the same length
     normuon_lite(beta2)             the same along the longer side: results #9 to #11
@@ -34,7 +41,11 @@ is left of its signature are its knobs: numbers, or schedules of the step such a
     pin                             W <- W of the length that U's part along W0 makes, to first order: result #29
     cautious_decay(rate)            W <- (1 - lr rate) W where the step shrinks it: result #46
     hyperball                       in place of step: W keeps its length, lr is the step's: result #5
-    adamw(beta1, beta2, eps, decay) a rule by itself, of any shape: torch's fused kernel
+    adamw(beta1, beta2, eps, decay) moves W of any shape: torch's fused kernel. A rule begins with it or has it not
+    raw_adam(beta1, beta2, eps)     U <- Adam's, without correction of the moments' start at zero, of any shape: #44
+    lookahead(size, forget)         W <- W + size times its mean movement, which is validated without: #39, #40
+    tail_average(start, steps, share)   a running mean of W, validated in a blend with W: results #45, #46
+    anchored_average(start, steps, share, anchor)   the same, and gradients are taken beyond W, away from it: #377
 
 Functions take single matrices (M, N) or stacks (K, M, N) in torch's layout (out_features, in_features). None changes
 its inputs, but for adamw and those whose name ends in _.
@@ -48,11 +59,13 @@ import ast
 import copy
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, partial
 from numbers import Real
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -280,7 +293,7 @@ def balanced_tangent(U: Tensor, G: Tensor) -> Tensor:
 #                Stages                #
 ########################################
 
-FLOW = ("G", "W", "W0", "U", "N", "lr", "t")
+FLOW = ("G", "W", "W0", "U", "N", "M", "lr", "t")
 
 
 class BelowOne(float):
@@ -300,23 +313,31 @@ class Stage(NamedTuple):
     makes: tuple[str, ...]  # of FLOW, what it returns first
     state: dict[str, Callable]  # {name: W -> shape} of what it keeps from step to step, zeros at first
     captured: bool  # whether a CUDA graph can hold it
-    after: Callable | None  # state -> state, outside of a CUDA graph, once the step's weights are on their way
-    alone: bool  # whether it is a rule by itself, and works in place
+    after: Callable | None  # state -> state, outside of a CUDA graph, once the step's weights are on their way; of a
+    # stage with a knob `every`, after every so many steps
+    views: dict[str, Callable]  # {view: W, state and knobs, by name -> W as the model holds it meanwhile}
+    any_shape: bool  # whether it takes vectors and numbers, and not matrices alone
+    in_place: bool  # whether it works in place, in W's own dtype, as the first of its rule
 
     @property
     def moves(self) -> bool:
         """Whether it moves the weight by the update."""
-        return "W" in self.makes and ("U" in self.takes or self.alone)
+        return "W" in self.makes and ("U" in self.takes or self.in_place)
 
     def kept(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Its part of a rule's state, by its own names."""
         return {name: state[f"{self.name}.{name}"] for name in self.state}
 
+    def set_to(self, values: dict, knobs: dict) -> dict:
+        """Its knobs, by its own names: of `values` the numbers, of a rule's `knobs` what is no number."""
+        return {name: knobs[f"{self.name}.{name}"] if callable(value) else value for name, value in values.items()}
+
 
 STAGES: dict[str, Stage] = {}
 
 
-def stage(name: str | None = None, makes=("U",), captured=True, after=None, alone=False, **state: Callable) -> Callable:
+def stage(name: str | None = None, makes=("U",), captured=True, after=None, views=MappingProxyType({}), any_shape=False,
+          in_place=False, **state: Callable) -> Callable:
     """Decorator: from here on, update rules can name this function, or its `name`. It stays the function it is.
 
     @stage(average=whole)
@@ -331,7 +352,7 @@ def stage(name: str | None = None, makes=("U",), captured=True, after=None, alon
             Rule.of.cache_clear()
             compiled_rule.cache_clear()
         STAGES[called] = Stage(called, function, tuple(x for x in parameters if x in FLOW), knobs, tuple(makes),
-                               state, captured, after, alone)
+                               state, captured, after, dict(views), any_shape, in_place)
         return function
     return register
 
@@ -340,14 +361,29 @@ def whole(W: Tensor) -> torch.Size:
     return W.shape
 
 
-@stage(makes=("U", "N"), momentum=whole)
-def nesterov(G: Tensor, momentum: Tensor, mu: BelowOne = 0.95) -> tuple[Tensor, Tensor, Tensor]:
-    """Nesterov momentum: M <- mu M + (1 - mu) G; returns (1 - mu) G + mu M, as U and as N, and M."""
+@stage(makes=("U", "N", "M"), any_shape=True, momentum=whole)
+def nesterov(G: Tensor, momentum: Tensor, mu: BelowOne = 0.95) -> tuple[Tensor, ...]:
+    """Nesterov momentum: M <- mu M + (1 - mu) G; returns (1 - mu) G + mu M, as U, N and M, and then M itself."""
     # lerp would round the last numbers of a tensor, behind its last whole vector register, otherwise than the others:
     # the result would depend on how a stack is split
     momentum = mu * momentum + (1 - mu) * G
     N = (1 - mu) * G + mu * momentum
-    return N, N, momentum
+    return N, N, N, momentum
+
+
+@stage(makes=("U", "N", "M"), any_shape=True, fast_momentum=whole, slow_momentum=whole)
+def bimaxwell(G: Tensor, fast_momentum: Tensor, slow_momentum: Tensor, mu: BelowOne = 0.95, fast: BelowOne = 0.85,
+              slow: BelowOne = 0.98, share: float = 0.4385) -> tuple[Tensor, ...]:
+    """Nesterov momentum of two buffers: F <- fast F + (1 - fast) G, S <- slow S + (1 - slow) G, and in place of M
+    share F + (1 - share) S. With fast = slow = mu it is nesterov.
+
+    From pull request 339 of the speedrun, which goes over to two buffers at a step of its run: until then fast and
+    slow follow mu, and the two are one.
+    """
+    fast_momentum = fast * fast_momentum + (1 - fast) * G
+    slow_momentum = slow * slow_momentum + (1 - slow) * G
+    N = (1 - mu) * G + mu * (slow_momentum + share * (fast_momentum - slow_momentum))
+    return N, N, N, fast_momentum, slow_momentum
 
 
 @stage("polar")
@@ -504,12 +540,13 @@ def next_bases(row_covariance, row_basis, column_covariance, column_basis, secon
 @stage(makes=("U", "N"), after=next_bases, row_covariance=row_pairs, row_basis=row_pairs,
        column_covariance=column_pairs, column_basis=column_pairs, second_moment=whole)
 def soap(U: Tensor, G: Tensor, row_covariance: Tensor, row_basis: Tensor, column_covariance: Tensor,
-         column_basis: Tensor, second_moment: Tensor, beta2: BelowOne = 0.9, beta: BelowOne = 0.9):
+         column_basis: Tensor, second_moment: Tensor, beta2: BelowOne = 0.9, beta: BelowOne = 0.9, every: int = 1):
     """SOAP (arXiv 2409.11321) as results #44 to #46 of track 3 have it, before a polar factor.
 
     In the bases L, R of the last step, Y = L^T U R,  v <- beta2 v + (1 - beta2) Y^2,  P = L (Y / sqrt(v)) R^T, which gets
     U's Schatten-4 norm. Then the covariances take in the gradient, C <- beta C + (1 - beta) G G^T, of columns G^T G.
-    The second moment is of the momentum, not of the gradient, and nothing is corrected for its start at zero.
+    The second moment is of the momentum, not of the gradient, and nothing is corrected for its start at zero. The bases
+    follow the covariances every so many steps.
     """
     L, R = started(row_basis), started(column_basis)
     Y = L.mT @ U @ R
@@ -520,19 +557,36 @@ def soap(U: Tensor, G: Tensor, row_covariance: Tensor, row_basis: Tensor, column
             beta * column_covariance + (1 - beta) * G.mT @ G, column_basis, second_moment)
 
 
+@stage(makes=("U", "N"))
+def trust_gate(U: Tensor, M: Tensor, G: Tensor, floor: float = 0.0, cap: float = 1.0, share: float = 1.0):
+    """M + share g (U - M), of M's Schatten-4 norm, as far as U can be trusted: result #44, for attn.proj.
+
+    g = cos(U, G) / cos(M, G), in [0, 1], times (cos(U, M) - 0.2) / 0.8, in [0, 1]; at least floor and at most cap.
+    """
+    def cosine(X, Y):
+        return inner(X, Y) / (frobenius(X) * frobenius(Y)).clamp(min=1e-8)
+    alike = ((cosine(U, M) - 0.2) / 0.8).clamp(0, 1)
+    downhill = (cosine(U, G) / cosine(M, G).clamp(min=1e-8)).clamp(0, 1)
+    g = (alike * downhill).clamp(min=floor).clamp(max=cap)
+    P = M + g * (U - M)
+    P = P * schatten4(M).clamp(min=1e-8) / schatten4(P).clamp(min=1e-8)
+    U = U + share * (P - U)
+    return U, U
+
+
 @stage()
 def aspect(U: Tensor) -> Tensor:
     """sqrt(max(1, m / n)) U: Muon's factor for a tall matrix, whose polar factor has smaller entries."""
     return U * max(1, U.size(-2) / U.size(-1)) ** 0.5
 
 
-@stage(makes=("W",))
+@stage(makes=("W",), any_shape=True)
 def decay(W: Tensor, lr, rate: float) -> Tensor:
     """(1 - lr rate) W: weight decay, decoupled."""
     return (1 - lr * rate) * W
 
 
-@stage(makes=("W",))
+@stage(makes=("W",), any_shape=True)
 def step(W: Tensor, U: Tensor, lr) -> Tensor:
     """W - lr U."""
     return W - lr * U
@@ -559,7 +613,7 @@ def pin(W: Tensor, W0: Tensor, U: Tensor, lr) -> Tensor:
     return W * after / frobenius(W).clamp(min=1e-8)
 
 
-@stage(makes=("W",))
+@stage(makes=("W",), any_shape=True)
 def cautious_decay(W: Tensor, W0: Tensor, U: Tensor, lr, rate: float) -> Tensor:
     """(1 - lr rate) W in the places where U W0 > 0, that is where the step shrinks the weight; W in all others."""
     return W * (1 - lr * rate * (U * W0 > 0).to(W.dtype))
@@ -573,7 +627,7 @@ def hyperball(W: Tensor, U: Tensor, lr) -> Tensor:
     return moved * length / frobenius(moved).clamp(min=1e-10)
 
 
-@stage(makes=("W",), alone=True, exp_avg=whole, exp_avg_sq=whole)
+@stage(makes=("W",), any_shape=True, in_place=True, exp_avg=whole, exp_avg_sq=whole)
 def adamw(W: Tensor, G: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr, t,
           beta1: BelowOne = 0.9, beta2: BelowOne = 0.999, eps: float = 1e-8, decay: float = 0.01):
     """AdamW (arXiv 1711.05101), in place: torch's fused kernel, which a chain of operations would take 6 times as long
@@ -582,6 +636,57 @@ def adamw(W: Tensor, G: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr, t,
     tensors = [list(X) if X.ndim == 3 else [X] for X in (W, G, exp_avg, exp_avg_sq)]
     torch_adamw(*tensors, [], [t - 1 for _ in tensors[0]], fused=True, capturable=W.is_cuda, amsgrad=False,
                 lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=decay, maximize=False)
+    return W, exp_avg, exp_avg_sq
+
+
+@stage(any_shape=True, mean=whole, mean_square=whole)
+def raw_adam(G: Tensor, mean: Tensor, mean_square: Tensor, beta1: BelowOne = 0.8, beta2: BelowOne = 0.99,
+             eps: float = 1e-10) -> tuple[Tensor, ...]:
+    """Adam's update with its moments as they are: m <- beta1 m + (1 - beta1) G, v <- beta2 v + (1 - beta2) G^2,
+    U = m / (sqrt(v) + eps). Result #44's of vectors. It is Adam's times (1 - beta1^t) / sqrt(1 - beta2^t): at
+    beta2 = 0.997 up to 5.5 times as fast a start."""
+    mean = beta1 * mean + (1 - beta1) * G
+    mean_square = beta2 * mean_square + (1 - beta2) * G.square()
+    return mean / (mean_square.sqrt() + eps), mean, mean_square
+
+
+def at_point(point: Tensor) -> Tensor:
+    return point
+
+
+@stage(makes=("W",), any_shape=True, views=dict.fromkeys(("val_loss", "val_ema_loss"), at_point), point=whole,
+       drift=whole)
+def lookahead(W: Tensor, W0: Tensor, point: Tensor, drift: Tensor, t, size: float = 0.3, forget: float = 0.01):
+    """W + size b: the next gradient is taken, and the next step made, ahead of W, where b is a running mean of W's
+    movement, b <- (1 - forget) b + forget (W - W before). Validation sees W itself.
+
+    EMA-Nesterov, results #39 and #40. A constant drift d becomes d / (1 - size); what oscillates is left alone.
+    """
+    before = torch.where(torch.as_tensor(t) == 1, W0, point)
+    drift = (1 - forget) * drift + forget * (W - before)
+    return W + size * drift, W, drift
+
+
+def blended(W: Tensor, average: Tensor, share) -> Tensor:
+    return W + share * (average - W)
+
+
+def extrapolated(W: Tensor, average: Tensor, anchor) -> Tensor:
+    return W + anchor * (W - average)
+
+
+@stage(makes=(), any_shape=True, views=dict(val_ema_loss=blended), average=whole)
+def tail_average(W: Tensor, average: Tensor, t, start: int = 2400, steps: int = 150, share: float = 0.6):
+    """e <- e + (W - e) / steps after step `start`, where it begins with W. Validation sees W as it is, and then, as
+    val_ema_loss, W + share (e - W). No step depends on it. Results #45 and #46."""
+    return torch.where(torch.as_tensor(t) <= start, W, average + (W - average) / steps),
+
+
+@stage(makes=(), any_shape=True, views=dict(val_ema_loss=blended, training=extrapolated), average=whole)
+def anchored_average(W: Tensor, average: Tensor, t, start: int = 2040, steps: int = 150, share: float = 0.6,
+                     anchor: float = 0.45):
+    """tail_average, and the gradient is taken at W + anchor (W - e), to move W: pull request 377."""
+    return tail_average(W, average, t, start, steps)
 
 
 ########################################
@@ -593,12 +698,42 @@ def ramp(step: int, before, after, start: int, stop: int) -> float:
     return before + (after - before) * min(1.0, max(0.0, (step - start) / (stop - start)))
 
 
-SCHEDULES = {"ramp": ramp}  # functions of the number of steps done; those arguments without a type are values of the knob
+def between(step: int, value, start: int, stop: int) -> float:
+    """`value` from step `start` on and before step `stop`; 0 else."""
+    return value if start <= step < stop else 0.0
+
+
+def power(step: int, value, steps: int, last: float, exponent: float) -> float:
+    """`value`, and over the `last` of `steps` steps value (steps left / last)^exponent: results #20 to #46."""
+    return value * min(1.0, max(0, steps - step) / max(last, 1e-9)) ** exponent
+
+
+# functions of the number of steps done; those arguments without a type are values of the knob, or schedules of it
+SCHEDULES = {function.__name__: function for function in (ramp, between, power)}
+
+
+class Schedule(NamedTuple):
+    """A function of steps, with its other arguments."""
+    function: Callable
+    arguments: dict
+
+    def __call__(self, *steps: int) -> float:
+        values = {x: value(*steps) if callable(value) else value for x, value in self.arguments.items()}
+        return self.function(*steps, **values)
+
+
+class Named(NamedTuple):
+    """A number for each parameter: `other`, or that of the last word of `of` that its name holds."""
+    other: float
+    of: dict[str, float]
+
+    def __call__(self, name: str) -> float:
+        return ([self.other] + [x for word, x in self.of.items() if word in name.replace(".", "_")])[-1]
 
 
 class Part(NamedTuple):
     stage: Stage
-    knobs: dict[str, float | Callable[[int], float]]  # numbers are constants of the compiled program
+    knobs: dict[str, float | Schedule | Named]  # numbers are constants of the compiled program
 
 
 class Rule(NamedTuple):
@@ -611,16 +746,18 @@ class Rule(NamedTuple):
     def of(cls, text: str) -> "Rule":
         """Reads a rule, and runs nothing of it. ValueError, in one line, names what is wrong and the nearest right word."""
         parts = tuple(read_part(node) for node in chain(text))
-        names, made = [part.stage.name for part in parts], set(FLOW) - {"N"}
+        names, made = [part.stage.name for part in parts], set(FLOW) - {"N", "M"}
         for i, (stage, _) in enumerate(parts):
             if stage.name in names[:i]:
                 raise ValueError(f"{stage.name} stands twice in {text!r}: once is enough")
-            if stage.alone and len(parts) > 1:
-                raise ValueError(f"{stage.name} is a rule by itself: no other stage can stand beside it")
+            if stage.in_place and i or parts[0].stage.in_place and (not stage.any_shape or "U" in stage.takes):
+                adam = stage.name if stage.in_place else names[0]
+                raise ValueError(f"{adam} moves the weight by itself: it stands first, and averages and lookahead alone "
+                                 "may follow")
             if missing := set(stage.takes) - made:
-                raise ValueError(f"{stage.name} needs {missing.pop()}, which no stage before it makes: nesterov does")
+                raise ValueError(f"{stage.name} needs {min(missing)}, which no stage before it makes: nesterov does")
             moved = [other.name for other, _ in parts[:i] if other.moves]
-            if moved and "W" not in stage.makes:
+            if moved and "U" in stage.makes:
                 raise ValueError(f"{stage.name} stands after {moved[0]}, where its update is of no use: put it before")
             if "W0" in stage.takes and not moved:
                 raise ValueError(f"{stage.name} looks back at the step: put it after step")
@@ -630,56 +767,97 @@ class Rule(NamedTuple):
         return cls(text, parts)
 
     @property
-    def alone(self) -> bool:
-        return self.parts[0].stage.alone
+    def in_place(self) -> bool:
+        """Whether it is of the kind of AdamW: in place, in W's own dtype, never compiled."""
+        return self.parts[0].stage.in_place
+
+    @property
+    def any_shape(self) -> bool:
+        """Whether it takes vectors and numbers."""
+        return all(stage.any_shape for stage, _ in self.parts)
 
     @property
     def captured(self) -> bool:
         """Whether a CUDA graph can hold it."""
         return all(stage.captured for stage, _ in self.parts)
 
+    @property
+    def keeps(self) -> list[str]:
+        """The names of its state."""
+        return [f"{stage.name}.{name}" for stage, _ in self.parts for name in stage.state]
+
+    def dtype(self, W: Tensor) -> torch.dtype:
+        """Of its state and arithmetic: fp32 or better, AdamW's W's own."""
+        return W.dtype if self.in_place else at_least_fp32(W)
+
     def state(self, W: Tensor) -> dict[str, Tensor]:
-        """{stage.name: zeros} of all that its stages keep of a stack, in fp32 or better; AdamW's in W's own dtype."""
-        dtype = W.dtype if self.alone else at_least_fp32(W)
-        return {f"{stage.name}.{name}": torch.zeros(shape(W), dtype=dtype, device=W.device)
+        """{stage.name: zeros} of all that its stages keep of a stack."""
+        return {f"{stage.name}.{name}": torch.zeros(shape(W), dtype=self.dtype(W), device=W.device)
                 for stage, _ in self.parts for name, shape in stage.state.items()}
+
+    def knobs(self, kind: type) -> dict:
+        """{stage.knob: value} of the knobs that are of a kind: Schedule or Named."""
+        return {f"{stage.name}.{name}": value for stage, knobs in self.parts
+                for name, value in knobs.items() if isinstance(value, kind)}
 
     def at(self, step: int) -> dict[str, float]:
         """{stage.knob: value} of the knobs that a schedule changes, after `step` steps."""
-        return {f"{stage.name}.{name}": value(step) for stage, knobs in self.parts
-                for name, value in knobs.items() if callable(value)}
+        return {name: schedule(step) for name, schedule in self.knobs(Schedule).items()}
+
+    def of_slots(self, sizes: dict[str, int]) -> dict[str, Tensor]:
+        """{stage.knob: a value a slot} of the knobs that go by name; `sizes`: how many slots a parameter has."""
+        return {name: torch.cat([torch.full((size,), named(parameter)) for parameter, size in sizes.items()])
+                for name, named in self.knobs(Named).items()}
 
     def advance_(self, W: Tensor, G: Tensor, state: dict[str, Tensor], knobs: dict):
         """A step of a stack, in place: on a GPU in one call of a compiled program, on a CPU in parts, so that what a
-        step needs beyond the weights does not grow with depth. `knobs`: lr, t and at(step), on a GPU 0-d tensors."""
-        if self.alone:
-            (adam, numbers), = self.parts
-            adam.function(W=W, G=G, lr=knobs["lr"], t=knobs["t"], **adam.kept(state), **numbers)
+        step needs beyond the weights does not grow with depth. `knobs`: lr, t, at(step), on a GPU as 0-d tensors, and
+        of_slots(sizes), each of as many dimensions as W."""
+        if self.in_place:
+            advance_(self, W, G, state, knobs)
         elif W.is_cuda:
             compiled_rule(self.text)(W, G, state, knobs)
         else:
-            for w, g, *kept in zip(*(x.split(at_once(W)) for x in (W, G, *state.values()))):
-                advance_(self, w, g, dict(zip(state, kept)), knobs)
+            for start in range(0, len(W), at_once(W)):
+                part = slice(start, start + at_once(W))
+                advance_(self, W[part], G[part], {name: x[part] for name, x in state.items()},
+                         {name: x[part] if isinstance(x, Tensor) and x.ndim else x for name, x in knobs.items()})
 
-    def after_(self, state: dict[str, Tensor]):
-        """The stages' second parts, in place: what no CUDA graph can hold, and the next step alone needs."""
-        for stage, _ in self.parts:
-            if stage.after:
+    @property
+    def has_after(self) -> bool:
+        return any(stage.after for stage, _ in self.parts)
+
+    def after_(self, state: dict[str, Tensor], t: int):
+        """The stages' second parts, in place, after step t: what no CUDA graph can hold, and the next step alone
+        needs."""
+        for stage, numbers in self.parts:
+            if stage.after and t % numbers.get("every", 1) == 0:
                 kept = stage.kept(state)
                 for name, value in stage.after(**kept).items():
                     kept[name].copy_(value)
 
+    @property
+    def views(self) -> set[str]:
+        """What of W, at other times than a step, is another than W."""
+        return {view for stage, _ in self.parts for view in stage.views}
+
+    def view(self, name: str, W: Tensor, state: dict[str, Tensor], knobs: dict) -> Tensor:
+        """W as the model holds it while it is trained ("training") or validated ("val_loss" or "val_ema_loss")."""
+        for stage, numbers in reversed(self.parts):
+            if function := stage.views.get(name):
+                known = dict(W=W, **stage.kept(state)) | stage.set_to(numbers, knobs)
+                W = function(**{x: known[x] for x in inspect.signature(function).parameters})
+        return W
+
 
 def advance_(rule: Rule, W: Tensor, G: Tensor, state: dict[str, Tensor], knobs: dict):
     """A step of a stack by a rule, stage by stage. W and the state are overwritten."""
-    dtype = at_least_fp32(W)
-    flow = dict(G=G.to(dtype), U=G.to(dtype), W=W.to(dtype), W0=W.to(dtype), lr=knobs["lr"], t=knobs["t"])
+    flow = dict(G=G.to(rule.dtype(W)), W=W.to(rule.dtype(W)), lr=knobs["lr"], t=knobs["t"])
+    # what works in place takes W0 with it
+    flow |= dict(U=flow["G"], W0=flow["W"].clone() if rule.in_place and len(rule.parts) > 1 else flow["W"])
     for stage, numbers in rule.parts:
         kept = stage.kept(state)
-        inputs = {name: flow[name] for name in stage.takes} | kept
-        for name, value in numbers.items():
-            inputs[name] = knobs[f"{stage.name}.{name}"] if callable(value) else value
-        made = stage.function(**inputs)
+        made = stage.function(**{name: flow[name] for name in stage.takes}, **kept, **stage.set_to(numbers, knobs))
         made = made if isinstance(made, tuple) else (made,)
         assert len(made) == len(stage.makes) + len(kept), f"{stage.name} returns {len(made)} values"
         flow |= dict(zip(stage.makes, made))
@@ -699,8 +877,8 @@ def compiled_rule(text: str) -> Callable:
 
 
 def at_once(stack: Tensor) -> int:
-    """How many matrices of a stack are updated in one call: on a GPU all, on a CPU as many as have 3.5 million numbers."""
-    return len(stack) if stack.is_cuda else max(1, 6 * 768 * 768 // (stack.size(1) * stack.size(2)))
+    """How many slots of a stack are updated in one call: on a GPU all, on a CPU as many as have 3.5 million numbers."""
+    return len(stack) if stack.is_cuda else max(1, 6 * 768 * 768 // math.prod(stack.shape[1:]))
 
 
 def chain(text: str) -> list[ast.expr]:
@@ -774,11 +952,13 @@ def bind(where: str, name: str, arguments: list, names: list[str], required: lis
     return bound
 
 
-def schedule_or_number(where: str, node: ast.expr, kind: type, stage: Stage) -> float | Callable[[int], float]:
+def schedule_or_number(where: str, node: ast.expr, kind: type, stage: Stage) -> float | Schedule | Named:
     if not isinstance(node, ast.Call):
         return number(where, node, kind)
-    if kind is int or stage.alone:
+    if kind is int or stage.in_place:
         raise ValueError(f"{where} is a constant of the program: it takes a number, not {ast.unparse(node)}")
+    if ast.unparse(node.func) == "names":
+        return read_names(where, node, kind)
     return read_schedule(where, node, SCHEDULES, kind)
 
 
@@ -786,12 +966,21 @@ def read_schedule(where: str, node: ast.expr, schedules: dict[str, Callable], ki
     """One of some functions with its arguments after the first `given`, which it takes when it is called."""
     name, arguments = read_call(node, schedules, "schedule")
     parameters = list(inspect.signature(schedules[name]).parameters.values())[given:]
-    types = {p.name: kind if p.annotation is p.empty else p.annotation for p in parameters}
-    values = {x: number(f"{where}: {x}", value, types[x], least=0)
+    types = {p.name: p.annotation for p in parameters}
+    values = {x: read_schedule(f"{where}: {x}", value, schedules, kind, given)
+              if types[x] is inspect.Parameter.empty and isinstance(value, ast.Call) else
+              number(f"{where}: {x}", value, kind if types[x] is inspect.Parameter.empty else types[x], least=0)
               for x, value in bind(where, name, arguments, list(types), list(types)).items()}
     if not values.get("start", 0) < values.get("stop", 1):
         raise ValueError(f"{where}: start={values['start']} is not before stop={values['stop']}")
-    return partial(schedules[name], **values)
+    return Schedule(schedules[name], values)
+
+
+def read_names(where: str, node: ast.Call, kind: type) -> Named:
+    if len(node.args) != 1 or not all(x.arg for x in node.keywords):
+        raise ValueError(f"{where}: write names(VALUE, PART_OF_A_NAME=VALUE, ...), not {ast.unparse(node)}")
+    return Named(number(where, node.args[0], kind), {x.arg: number(f"{where}: {x.arg}", x.value, kind)
+                                                     for x in node.keywords})
 
 
 def number(where: str, node: ast.expr, kind: type, least: int = 1) -> float:
@@ -813,6 +1002,11 @@ def number(where: str, node: ast.expr, kind: type, least: int = 1) -> float:
     return int(value) if kind is int else float(value)
 
 
+def stages_of(text: str) -> list[str]:
+    """The names of the stages in a rule, or in a part of one."""
+    return [read_call(node, STAGES, "stage")[0] for node in chain(text)] if text else []
+
+
 def with_knob(text: str, name: str, knob: str, value: str) -> str:
     """A rule's text with another value of a stage's knob. ValueError as Rule.of."""
     nodes, new = chain(text), parse_expression(value, "a number or a schedule")
@@ -824,9 +1018,8 @@ def with_knob(text: str, name: str, knob: str, value: str) -> str:
     positional = in_order if in_order == names[:len(in_order)] else []
     nodes[index] = ast.Call(ast.Name(name), [bound[x] for x in positional],
                             [ast.keyword(x, bound[x]) for x in in_order if x not in positional])
-    changed = " | ".join(ast.unparse(node) for node in nodes)
-    Rule.of(changed)
-    return changed
+    read_part(nodes[index])
+    return " | ".join(ast.unparse(node) for node in nodes)
 
 
 ########################################
@@ -1005,7 +1198,7 @@ class Aurora(torch.optim.Optimizer):
         device = W.device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             rule.advance_(W, torch.stack([p.grad for p in params]), state, knobs)
-            rule.after_(state)
+            rule.after_(state, steps + 1)
         torch._foreach_copy_(list(out), list(W))
         for name, x in state.items():
             torch._foreach_copy_([self.state[p][name] for p in params], list(x))
@@ -1197,7 +1390,10 @@ def check_settings(group: dict):
         raise ValueError(f"lr is a number, finite and not negative, not {lr!r}")
     if not isinstance(update, str):
         raise ValueError(f"update is a text such as {RESULT_17!r}, not {update!r}")
-    Rule.of(update)
+    rule = Rule.of(update)
+    if rule.views or rule.knobs(Named):
+        raise ValueError(f"update={update!r}: Aurora has no lookahead and no average, which need a model that is another "
+                         "while it is validated, and no names(), in whose place groups stand")
 
 
 def check_parameter(p: Tensor):

@@ -15,7 +15,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aurora import Rule, Shares, UpToOne, parse_expression, read_schedule
+from aurora import Rule, Shares, UpToOne, parse_expression, power, read_schedule
 from harness.arguments import Experiment, overridden
 from harness.ranks import Place, micro_batch_size
 from harness.run import launch
@@ -60,22 +60,29 @@ class Hyperparameters:
     activation: str = "relu2"  # or "swiglu", whose gate is a third matrix of the MLP
     # update rules, in the language at the head of aurora.py; STAGE.KNOB=VALUE on the command line changes one number
     matrix_update: str = "nesterov(0.95) | aurora(2, 0.5) | contra(0.4) | aspect | floor(0.35) | step"
+    mlp_update: str = ""  # of the MLPs' matrices, where it is another
     matrix_lr: float = 0.0375  # the matrices of the blocks
     adam_update: str = "adamw(0.8, 0.95, 1e-10, 0)"  # of all other parameters
+    vector_update: str = ""  # of biases and gains, where it is another
+    final_update: str = ""  # stages that every one of these rules ends with: averages, lookahead
     embed_lr: float = 0.3
     head_lr: float = 1 / 320
     vector_lr: float = 0.01  # biases and gains
+    embed_dtype: str = "bfloat16"  # of the embedding's master and state; or "float32"
     # schedules of the rates, of RATES below
     matrix_schedule: str = "linear(0.7)"
     adam_schedule: str = "linear(0.7)"
     warmup_steps: int = 1  # the first step has 1 / warmup_steps of the rate: 1 is no warm-up
     train_steps: int = 3200  # the published step is 3175: the learning rate has not reached 0 there
+    stop_step: int = 10**9  # the run ends here, if before train_steps; no rate knows it
     # initial weights, of INITIALISATIONS below
     init: str = "zero_projections"
     # validation
     val_every: int = 125  # steps
-    val_every_late: int = 25  # steps, from 0.9 of train_steps
+    val_every_late: int = 25  # steps, from val_late of train_steps on
+    val_late: float = 0.9
     target_loss: float = 3.28  # nats a token
+    metric: str = "val_loss"  # what is to reach it: val_loss, or val_ema_loss of an average
 
     def __post_init__(self):
         for f in fields(self):
@@ -89,17 +96,20 @@ class Hyperparameters:
                 raise ValueError(f"{part}={getattr(self, part)} does not divide {whole}={getattr(self, whole)}")
         if self.head_dim % 4:
             raise ValueError(f"head_dim={self.head_dim}: rotary embedding needs a multiple of 4")
-        for name, choices in (("activation", ("relu2", "swiglu")), ("init", INITIALISATIONS)):
+        for name, choices in (("activation", ("relu2", "swiglu")), ("init", INITIALISATIONS),
+                              ("embed_dtype", ("bfloat16", "float32"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: it is one of {', '.join(choices)}")
-        for name, read in (("matrix_schedule", schedule_of_rates), ("adam_schedule", schedule_of_rates),
-                           ("matrix_update", Rule.of), ("adam_update", Rule.of)):
+        for name in ("matrix_schedule", "adam_schedule", "matrix_update", "mlp_update", "adam_update", "vector_update"):
             try:
-                rule = read(getattr(self, name))
+                if name.endswith("_schedule"):
+                    schedule_of_rates(getattr(self, name))
+                elif not self.rule(name).any_shape and name in ("adam_update", "vector_update"):
+                    raise ValueError("vectors and numbers have no rows; it is adamw(...) or raw_adam(...) | step")
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-        if not rule.alone:
-            raise ValueError(f"adam_update={self.adam_update!r}: vectors and numbers have no rows; it is adamw(...)")
+        if self.metric not in self.metrics:
+            raise ValueError(f"metric={self.metric!r}: a run of these rules has {' and '.join(self.metrics)}")
         if self.mlp_expansion * self.model_dim >= 2**31:
             raise ValueError(f"mlp_expansion={self.mlp_expansion}: {self.model_dim} times that is too many neurons")
         if not self.mlp_dim:
@@ -108,6 +118,25 @@ class Hyperparameters:
     @property
     def mlp_dim(self) -> int:
         return round(self.mlp_expansion * self.model_dim)
+
+    @property
+    def last_step(self) -> int:
+        return min(self.train_steps, self.stop_step)
+
+    def rule(self, name: str) -> Rule:
+        """The whole of matrix_update, mlp_update, adam_update or vector_update."""
+        text = getattr(self, name) or {"mlp_update": self.matrix_update, "vector_update": self.adam_update}.get(name, "")
+        return Rule.of(" | ".join(filter(None, [text, self.final_update])))
+
+    @property
+    def rules(self) -> dict[str, Rule]:
+        return {name: self.rule(name) for name in ("matrix_update", "mlp_update", "adam_update", "vector_update")}
+
+    @property
+    def metrics(self) -> list[str]:
+        """The losses that a validation has: another one where a rule keeps an average."""
+        averages = any("average" in stage.state for stage, _ in self.rule("matrix_update").parts)
+        return ["val_loss"] + ["val_ema_loss"] * averages
 
 
 # What the rules of track 3 fix, at result #17's values; the data are named shard by shard in the log. The desk, which
@@ -266,6 +295,25 @@ class Replayed:
         self.graph.replay()
 
 
+class Beside:
+    """Runs work that is not in a hurry beside what follows: in a GPU's stream of its own, or, with None, at once."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __call__(self, work: Callable[[], None]):
+        if self.stream is None:
+            return work()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            work()
+
+    def wait(self):
+        """Let what comes from here on see what the work has done."""
+        if self.stream:
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+
 class Bank:
     """The parameters that one update rule moves, back to back in one tensor. A slot is one matrix, all of one shape,
     or, with slot=(), one number.
@@ -283,9 +331,9 @@ class Bank:
                  dtype=torch.float32, pool=None):
         self.params, self.rule, self.lr = params, rule, lr
         device = next(iter(params.values())).device
-        sizes = [p.numel() // math.prod(slot) for p in params.values()]
-        self.slots = [name for name, size in zip(params, sizes) for _ in range(size if slot else 0)]
-        self.shares = Shares.of(sum(sizes), multiple=1 if slot else self.ALIGNED)
+        sizes = {name: p.numel() // math.prod(slot) for name, p in params.items()}
+        self.slots = [name for name, size in sizes.items() for _ in range(size if slot else 0)]
+        self.shares = Shares.of(sum(sizes.values()), multiple=1 if slot else self.ALIGNED)
         self.weights = torch.zeros(self.shares.padded, *slot, dtype=torch.bfloat16, device=device)
         self.gradients = torch.zeros_like(self.weights, dtype=torch.float32)
         for p, weight in zip(params.values(), self.views(self.weights)):
@@ -294,7 +342,10 @@ class Bank:
         self.state = rule.state(self.masters)
         # tensors, which a CUDA graph reads anew at each replay
         self.knobs = {name: torch.zeros((), device=device) for name in ("lr", "t", *rule.at(0))}
+        self.knobs |= {name: self.shares.take(x).view(-1, *[1 for _ in slot]).to(device)
+                       for name, x in rule.of_slots(sizes).items()}
         self.run = Replayed(pool) if device.type == "cuda" and rule.captured else lambda update: update()
+        self.beside = Beside(torch.cuda.Stream(device) if device.type == "cuda" and rule.has_after else None)
         self.buffers = {}
 
     def views(self, slots: Tensor) -> list[Tensor]:
@@ -313,11 +364,16 @@ class Bank:
     def step(self, step: int):
         """Update this rank's share after `step` steps, and start to send it to all ranks."""
         self.arrive()
-        for name, value in (dict(lr=self.lr(step), t=step + 1) | self.rule.at(step)).items():
-            self.knobs[name].fill_(value)
+        self.beside.wait()
+        self.turn_knobs(step)
         self.advance()
         self.work = self.shares.gather(self.weights)
-        self.rule.after_(self.state)
+        self.beside(partial(self.rule.after_, self.state, step + 1))  # under the next forward and backward pass
+
+    def turn_knobs(self, step: int):
+        """To what they are in the step that is made after `step` steps."""
+        for name, value in (dict(lr=self.lr(step), t=step + 1) | self.rule.at(step)).items():
+            self.knobs[name].fill_(value)
 
     def advance(self):
         self.run(self._advance)
@@ -326,11 +382,22 @@ class Bank:
     def _advance(self):
         gradients = self.gradients[self.shares.mine].to(self.masters.dtype)
         self.rule.advance_(self.masters, gradients, self.state, self.knobs)
-        self.weights[self.shares.mine] = self.masters
+        self.weights[self.shares.mine] = self.rule.view("training", self.masters, self.state, self.knobs)
+
+    @torch.no_grad()
+    def show(self, view: str, step: int):
+        """Collective: what the model holds after `step` steps while it is trained ("training") or validated (the name of
+        the loss). A rule without views has one for all."""
+        if self.rule.views and step:
+            self.turn_knobs(step - 1)
+            self.weights[self.shares.mine] = self.rule.view(view, self.masters, self.state, self.knobs)
+            self.work = self.shares.gather(self.weights)
+            self.arrive()
 
     def gather_state(self) -> dict[str, Tensor]:
         """Collective. On rank 0 returns masters and state of all ranks, (slots, ...), in host buffers that are valid
         until the next call; {} elsewhere."""
+        self.beside.wait()
         whole = {}
         for name, x in dict(masters=self.masters, **self.state).items():
             if self.shares.rank:
@@ -350,6 +417,7 @@ class Bank:
     def load(self, whole: dict[str, Tensor]):
         """Collective. Take this rank's share of a gather_state(), of any number of ranks, and send the weights. State
         that it lacks, of a stage that another rule did not have, stays zero."""
+        self.beside.wait()
         for name, x in dict(masters=self.masters, **self.state).items():
             if name in whole:
                 x.copy_(self.shares.take(whole[name]))
@@ -420,18 +488,19 @@ def make_banks(model: GPT, hp: Hyperparameters, place: Place) -> list[Bank]:
     for name, p in model.blocks.named_parameters(prefix="blocks"):
         if p.ndim == 2:  # q, k and v are three matrices
             slot = (p.size(1), p.size(1)) if name.endswith("qkv.weight") else tuple(p.shape)
-            matrices.setdefault(slot, {})[name] = p
+            rule = "mlp_update" if hp.mlp_update and ".mlp." in name else "matrix_update"
+            matrices.setdefault((slot, rule), {})[name] = p
     vectors = {name: p for name, p in model.named_parameters() if p.ndim == 1}
     pool = torch.cuda.graph_pool_handle() if place.device.type == "cuda" else None
 
-    def bank(params, slot, rate: float, family: str = "adam", dtype=torch.float32) -> Bank:
-        rule = Rule.of(getattr(hp, f"{family}_update"))
-        return Bank(params, slot, rule, lambda step: rate * learning_rate_factor(step, hp, family), dtype, pool)
-    banks = [bank(params, slot, hp.matrix_lr, "matrix")
-             for slot, params in sorted(matrices.items(), key=lambda x: -math.prod(x[0]))]
-    banks += [bank({"head.weight": model.head.weight}, (), hp.head_lr),
-              bank({"embed.weight": model.embed.weight}, (), hp.embed_lr, dtype=torch.bfloat16),
-              bank(vectors, (), hp.vector_lr)]
+    def bank(params, slot, rule: str, rate: float, family: str = "adam", dtype=torch.float32) -> Bank:
+        return Bank(params, slot, hp.rule(rule), lambda step: rate * learning_rate_factor(step, hp, family), dtype, pool)
+    banks = [bank(params, slot, rule, hp.matrix_lr, "matrix")
+             for (slot, rule), params in sorted(matrices.items(), key=lambda x: -math.prod(x[0][0]))]
+    banks += [bank({"head.weight": model.head.weight}, (), "adam_update", hp.head_lr),
+              bank({"embed.weight": model.embed.weight}, (), "adam_update", hp.embed_lr,
+                   dtype=getattr(torch, hp.embed_dtype)),
+              bank(vectors, (), "vector_update", hp.vector_lr)]
     names = [name for bank in banks for name in bank.params]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     return banks
@@ -444,8 +513,7 @@ def linear_rate(step: int, steps: int, fraction: UpToOne) -> float:
 
 
 def power_rate(step: int, steps: int, last: float, exponent: float) -> float:
-    """1, and over the last `last` steps (steps left / last)^exponent: results #20 to #46."""
-    return min(1.0, max(0, steps - step) / max(last, 1e-9)) ** exponent
+    return power(step, 1.0, steps, last, exponent)
 
 
 RATES = {"linear": linear_rate, "power": power_rate}
@@ -464,8 +532,8 @@ def learning_rate_factor(step: int, hp: Hyperparameters, family: str = "matrix")
 
 
 def is_validation_step(step: int, hp: Hyperparameters) -> bool:
-    every = hp.val_every if step / hp.train_steps < 0.9 else hp.val_every_late
-    return step % every == 0 or step == hp.train_steps
+    every = hp.val_every if step / hp.train_steps < hp.val_late else hp.val_every_late
+    return step % every == 0 or step == hp.last_step
 
 
 ########################################
@@ -526,6 +594,21 @@ def update(banks: list[Bank], step: int):
         bank.arrive()
 
 
+def show(banks: list[Bank], view: str, step: int):
+    for bank in banks:
+        bank.show(view, step)
+
+
+def validation_losses(model: GPT, banks: list[Bank], validation, step: int, hp: Hyperparameters) -> dict[str, float]:
+    """Each of the metrics, after `step` steps."""
+    losses = {}
+    for metric in hp.metrics:
+        show(banks, metric, step)
+        losses[metric] = validation_loss(model, *validation, hp)
+    show(banks, "training", step)
+    return losses
+
+
 @torch.no_grad()
 def validation_loss(model: GPT, inputs: Tensor, targets: Tensor, hp: Hyperparameters) -> float:
     """Mean over the validation tokens of all ranks, in nats a token."""
@@ -543,14 +626,15 @@ def train(model: GPT, trial: Trial):
     first = trial.begin(banks)
     if first == 0:
         fill(banks, initial_weights(model, trial.seed, hp.init))
+    show(banks, "training", first)
     model.zero_grad()  # a trial that failed leaves gradients
     validation = next(read_batches(trial.val_shards, hp.val_tokens, hp.sequence_length, trial.place))
     batches = read_batches(trial.shards, hp.batch_tokens, hp.sequence_length, trial.place, first)
     for step in trial.steps(banks, first):
         if is_validation_step(step, hp):
             with trial.validating():
-                trial.validated(step, validation_loss(model, *validation, hp))
-        if step == hp.train_steps:
+                trial.validated(step, validation_losses(model, banks, validation, step, hp))
+        if step == hp.last_step:
             break
         loss = accumulate_gradients(model, banks, next(batches), hp)
         with trial.updating(banks, step + 1):

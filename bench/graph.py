@@ -372,7 +372,7 @@ def main(words: list[str]):
         few //= 2
     held = memory_rows(hp)
     ours, published = (row["in all"] for row in held)
-    updates = [] if Rule.of(hp.matrix_update).alone else [
+    updates = [] if Rule.of(hp.matrix_update).in_place else [
         "## The update of a stack, beside Newton-Schulz", f"`{hp.matrix_update}`", markdown(update_rows(hp)),
         "A pass is a read or a write of a stack in fp32."]
     publish("bench.graph", words, out, "In GB. Written for sm_90, not compiled, not run.",

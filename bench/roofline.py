@@ -276,7 +276,7 @@ def sharded_step(hp: train_gpt.Hyperparameters, gpus: int, nodes: int, gpu: GPU)
         arrived.append(wires)
     for bank, arrival in zip(banks(hp), arrived):
         share = bank.share(gpus)
-        if bank.shape and not rule.alone:
+        if bank.shape and not rule.in_place:
             kernels = update_kernels(share, *bank.shape, rule, "fused")
         else:
             kernels = [Kernel(2, 0, 15 * share * bank.numel)]  # gradient, weight and moments in fp32, weight in bf16
@@ -292,7 +292,7 @@ def published_step(hp: train_gpt.Hyperparameters, gpus: int, nodes: int, gpu: GP
     """Seconds of the updates, and with the collectives, none of which travels beside other work: an all-reduce of each
     parameter; then for each round of one matrix a rank, its update and an all-gather, and copies out of its buffer."""
     backend, rule = next(iter(gpu.attention)), Rule.of(hp.matrix_update)
-    matrices = [] if rule.alone else block_matrices(hp)
+    matrices = [] if rule.in_place else block_matrices(hp)
     shapes = {(m, n) for _, m, n in matrices}
     rounds = {shape: ceil(sum(tuple(at) == shape for _, *at in matrices) / gpus) for shape in shapes}
     rest = sum(s.numel() for s in parameters(hp).values()) - sum(m * n for _, m, n in matrices)

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
-from aurora import Rule, nearest, with_knob
+from aurora import nearest, stages_of, with_knob
 
 
 class Experiment(NamedTuple):
@@ -49,7 +49,7 @@ def change_rule(rules: dict[str, str], word: str) -> tuple[str, str]:
     """Name and new text of the update rule that STAGE.KNOB=VALUE changes: of the only one that has this stage."""
     name, _, value = word.partition("=")
     stage, _, knob = name.partition(".")
-    stages = {field: [part.stage.name for part in Rule.of(text).parts] for field, text in rules.items()}
+    stages = {field: stages_of(text) for field, text in rules.items()}
     having = [field for field in rules if stage in stages[field]]
     if not having:
         known = sum(stages.values(), [])

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from aurora import Rule
 from harness.arguments import Experiment, departures
 from harness.ranks import Place, micro_batch_size
 from kernels.bf16 import runs_kernels, triton
@@ -166,8 +165,8 @@ def paths(hp, place: Place) -> list[str]:
     kernels = "Triton" if runs_kernels(place.device) else "plain PyTorch"
     if kernels == "Triton" and hp.activation == "swiglu":  # the kernels of the MLP are relu2's
         kernels += ", MLP plain PyTorch"
-    rule = Rule.of(hp.matrix_update)
-    graph = "compiled, " * (not rule.alone) + ("a CUDA graph a bank" if rule.captured else "no CUDA graph")
+    rule = hp.rule("matrix_update")
+    graph = "compiled, " * (not rule.in_place) + ("a CUDA graph a bank" if rule.captured else "no CUDA graph")
     return [f"attention: {place.attention}", f"kernels: {kernels}",
             f"newton_schulz: {newton_schulz_path(place.device)}",
             f"update: {graph if place.device.type == 'cuda' else 'eager'}"]

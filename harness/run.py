@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from aurora import Rule
 from harness.arguments import Experiment, complain, departures, overridden, parse, result_of
 from harness.checkpoint import Signals, Writer, folder_of, read_state
 from harness.heartbeat import Heartbeat
@@ -89,19 +88,20 @@ def check_fork(hp, before, state: dict, folder: Path):
     for name in SHAPES:
         if getattr(hp, name) != getattr(before, name):
             raise ValueError(f"--fork-from: {name} is {getattr(before, name)} in {folder} and cannot change")
-    if Rule.of(hp.matrix_update).alone != Rule.of(before.matrix_update).alone:
-        raise ValueError(f"--fork-from: matrix_update is {before.matrix_update!r} in {folder}: to or from adamw it cannot "
-                         "change")
-    if hp.train_steps <= state["step"]:
-        raise ValueError(f"--fork-from: train_steps={hp.train_steps}, and {folder} is at step {state['step']}")
+    for name, rule in hp.rules.items():
+        if rule.keeps != before.rules[name].keeps:
+            raise ValueError(f"--fork-from: {name} is {before.rules[name].text!r} in {folder}, with another state than "
+                             f"{rule.text!r}: knobs may change, and stages that keep nothing")
+    if hp.last_step <= state["step"]:
+        raise ValueError(f"--fork-from: the last step is {hp.last_step}, and {folder} is at step {state['step']}")
 
 
 def summary(experiment: Experiment, hp, world: int) -> str:
     """What would run, for --dry-run."""
     with torch.device("meta"):
         parameters = sum(p.numel() for p in experiment.model(hp).parameters())
-    validations = sum(experiment.is_validation_step(step, hp) for step in range(hp.train_steps + 1))
-    size = (f"{parameters:,} parameters, {hp.train_steps:,} steps of {hp.batch_tokens:,} tokens, "
+    validations = sum(experiment.is_validation_step(step, hp) for step in range(hp.last_step + 1))
+    size = (f"{parameters:,} parameters, {hp.last_step:,} steps of {hp.batch_tokens:,} tokens, "
             f"{validations} validations of {hp.val_tokens:,} tokens, world_size {world}")
     return "\n".join([size, *departures(hp, experiment.rules)])
 
@@ -251,7 +251,7 @@ def checked(hp, local_rank: int, world: int) -> tuple[dict[str, int], dict[str, 
     """The shards to train on and to validate on. ValueError where these processes cannot share them, or they are not as
     they should be."""
     check_place(hp, local_rank, world)
-    return (find_shards(hp.train_files, hp.batch_tokens, hp.train_steps, hp.vocab_size),
+    return (find_shards(hp.train_files, hp.batch_tokens, hp.last_step, hp.vocab_size),
             find_shards(hp.val_files, hp.val_tokens, 1, hp.vocab_size))
 
 

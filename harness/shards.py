@@ -47,4 +47,4 @@ def find_shards(pattern: str, batch_tokens: int, batches: int, vocab_size: int) 
 def fineweb_shards(hp) -> int:
     """How many of FineWeb's training shards, of 100M tokens each, the run reads; 0 where it reads other files."""
     batches = (100_000_000 - 2) // hp.batch_tokens
-    return -(-hp.train_steps // batches) if hp.train_files == type(hp).train_files else 0
+    return -(-hp.last_step // batches) if hp.train_files == type(hp).train_files else 0

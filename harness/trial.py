@@ -64,7 +64,7 @@ class Trial:
         self.run, self.seed, self.state = run, seed, state
         self.hp, self.place, self.log = run.hp, run.place, run.log
         self.shards, self.val_shards = run.shards, run.val_shards
-        self.bar = tqdm(total=self.hp.train_steps, desc=f"seed {seed}", leave=False,
+        self.bar = tqdm(total=self.hp.last_step, desc=f"seed {seed}", leave=False,
                         disable=None if self.place.rank == 0 else True,
                         bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n}/{total}{postfix} [{elapsed}<{remaining}]")
         self.reference = read_reference(self.hp, run.result, run.root)
@@ -106,7 +106,7 @@ class Trial:
         between two steps heartbeat and checkpoint have their turn."""
         every = self.run.args.checkpoint_every
         self.clock.resume()
-        for done in range(first, self.hp.train_steps + 1):
+        for done in range(first, self.hp.last_step + 1):
             save = self.request or every and done > first and done % every == 0
             self.step = done + 1
             self.run.heartbeat.begin(self.step, usual=done > first and not save)
@@ -143,18 +143,19 @@ class Trial:
         with self.clock.stopped():
             yield
 
-    def validated(self, step: int, val_loss: float):
-        """Diverged where the loss is not finite or, from a tenth of the steps on, above that of step 0."""
+    def validated(self, step: int, losses: dict[str, float]):
+        """Diverged where the first of the losses is not finite or, from a tenth of the steps on, above that of step 0."""
+        val_loss = next(iter(losses.values()))
         seconds, (before, since) = self.clock.seconds, self.validated_at
         step_avg = (seconds - since) / (step - before) if step else math.nan
         self.validated_at = step, seconds
-        line = (f"step:{step}/{self.hp.train_steps} val_loss:{val_loss:.5f} "
-                f"train_time:{seconds:.3f}s step_avg:{1000 * step_avg:.2f}ms")
+        said = " ".join(f"{name}:{loss:.5f}" for name, loss in losses.items())
+        line = f"step:{step}/{self.hp.last_step} {said} train_time:{seconds:.3f}s step_avg:{1000 * step_avg:.2f}ms"
         self.log.line(line)
-        self.log.record(seed=self.seed, step=step, val_loss=val_loss, train_time=seconds)
+        self.log.record(seed=self.seed, step=step, **losses, train_time=seconds)
         if self.place.rank == 0:
             self.bar.write(line)
-        beside = against_reference(step, val_loss, self.run.result, self.reference)
+        beside = against_reference(step, losses[self.hp.metric], self.run.result, self.reference)
         self.bar.set_description_str(f"seed {self.seed}" + beside)
         if step == 0:
             self.initial = val_loss
@@ -200,14 +201,16 @@ def peak_memory(place: Place) -> int:
 
 
 def read_reference(hp, result: int, root: Path) -> dict[int, tuple]:
-    """{step: (mean, sd, slope, half_width)} of a published result (records/published), for display; empty where none of
-    its curves is of the run's metric and number of steps, and where the file is not there."""
+    """{step: (mean, sd, slope, half_width)} of a published result (records/published), for display; empty where its
+    curves are not of the run's metric and length, by the schedule or by the end, and where the file is not there."""
     path = root / "records" / "published" / "reference.csv"
     if hp.target_loss != 3.28 or not path.is_file():
         return {}
-    wanted = [str(result), vars(hp).get("metric", "val_loss"), str(hp.train_steps)]
-    rows = [line.split(",") for line in path.read_text(encoding="utf-8").splitlines()]
-    return {int(row[3]): tuple(map(float, row[4:])) for row in rows if row[:3] == wanted}
+    lines = [line.split(",") for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [line[2:] for line in lines if line[:2] == [str(result), hp.metric]]
+    found = {int(step): tuple(map(float, row)) for _, step, *row in rows}
+    lengths = {int(length) for length, *_ in rows} | {max(found, default=0)}  # #45 ends at 2720 of 2900
+    return found if lengths & {hp.train_steps, hp.last_step} else {}
 
 
 def against_reference(step: int, loss: float, result: int, reference: dict[int, tuple]) -> str:

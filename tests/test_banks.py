@@ -309,7 +309,7 @@ def test_an_update_can_be_in_a_cuda_graph(rule, monkeypatch):
         for bank in banks:
             assert all(t.storage_offset() * t.element_size() % 16 == 0
                        for slots in (bank.weights, bank.gradients) for t in bank.views(slots))
-    assert len(steps_of_adamw) == 2 * sum(bank.rule.alone for bank in banks)
+    assert len(steps_of_adamw) == 2 * sum(bank.rule.in_place for bank in banks)
     assert all(isinstance(t, torch.Tensor) for tensors in steps_of_adamw for t in tensors)
     captured = [graph.calls for graph in graphs]
     assert len(captured) == len(banks) and all(captured)

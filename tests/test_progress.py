@@ -94,7 +94,7 @@ def test_no_reference_of_another_schedule(words):
 def test_no_reference_of_another_metric(tmp_path):
     """Kills: raw losses held against #46's, which are of averaged weights; defaults that a person has edited, held
     against #17; a run that needs the file."""
-    raw = SimpleNamespace(target_loss=3.28, train_steps=2900, metric="val_loss")
+    raw = SimpleNamespace(target_loss=3.28, train_steps=2900, last_step=2900, metric="val_loss")
     assert read_reference(raw, 46, ROOT) == {} and read_reference(raw, 44, ROOT)[2900][0] == 3.273030
     raw.metric = "val_ema_loss"
     assert read_reference(raw, 46, ROOT)[2690][0] == pytest.approx(3.27836, abs=5e-5) and not read_reference(raw, 44, ROOT)
@@ -138,7 +138,7 @@ def test_a_run_that_plainly_diverges_ends(small, tmp_path, capsys):
     """Kills: hours of GPUs on a run that is worse than its start; its loss lost, or counted as an accident."""
     for name in ("aurora.py", "harness", "kernels"):
         (tmp_path / name).symlink_to(ROOT / name)
-    source, loss = (ROOT / "train_gpt.py").read_text(), "validation_loss(model, *validation, hp))"
+    source, loss = (ROOT / "train_gpt.py").read_text(), "validation_loss(model, *validation, hp)\n"
     assert source.count(loss) == 1
     (tmp_path / "train_gpt.py").write_text(source.replace(loss, f"step / 2 + {loss}"))
     run = start([*small, "train_steps=60", "val_every=2"], tmp_path, tmp_path / "train_gpt.py")

@@ -70,7 +70,12 @@ def own_stages():
     ("nesterov(ramp(0, 1.5, 0, 3)) | step", "after is a number at least 0 and below 1, not 1.5"),
     ("nesterov(ramp(0, 0.5, -1, 3)) | step", "start is a whole number, at least 0, not -1"),
     ("nesterov(ramp(0, 0.5, 3, 3)) | step", "start=3 is not before stop=3"),
-    ("nesterov(ramp(0, ramp(0, 0.5, 0, 3), 0, 3)) | step", "after is a number at least 0 and below 1"),
+    ("nesterov(ramp(0, ramp(0, 1.5, 0, 3), 0, 3)) | step", "mu: after: after is a number at least 0 and below 1"),
+    ("nesterov(ramp(0, ramp(0, 0.5, 3, 3), 0, 3)) | step", "mu: after: start=3 is not before stop=3"),
+    ("nesterov(ramp(0, 0.5, ramp(0, 1, 0, 3), 3)) | step", "start is a whole number, at least 0"),
+    ("nesterov(names(ramp(0, 0.5, 0, 3))) | step", "mu is a number at least 0 and below 1, not ramp"),
+    ("nesterov(names(embed=0.5)) | step", "write names(VALUE, PART_OF_A_NAME=VALUE, ...)"),
+    ("aurora(names(2, fc=3)) | step", "iterations is a constant of the program"),
     ("aurora(ramp(1, 3, 0, 9)) | step", "iterations is a constant of the program"),
     ("adamw(ramp(0.8, 0.9, 0, 9))", "beta1 is a constant of the program"),
     ("polar | contra(0.4) | step", "contra needs N, which no stage before it makes: nesterov does"),
@@ -78,8 +83,11 @@ def own_stages():
     ("decay(0.1)", "does not move the weight"),
     ("polar | polar | step", "polar stands twice"),
     ("step | step", "step stands twice"),
-    ("adamw | step", "adamw is a rule by itself"),
-    ("step | adamw", "adamw is a rule by itself"),
+    ("adamw | step", "adamw moves the weight by itself: it stands first"),
+    ("adamw | aspect", "adamw moves the weight by itself"),
+    ("adamw | pin", "adamw moves the weight by itself"),
+    ("step | adamw", "adamw moves the weight by itself"),
+    ("soap | trust_gate | polar | step", "trust_gate needs M, which no stage before it makes: nesterov does"),
     ("step | polar", "polar stands after step"),
     ("step" + " " * 997, "at most 1000 characters, this one 1001"),
     ("", "is not understood: write it as nesterov(0.95) | polar"),
@@ -234,10 +242,10 @@ def test_no_stage_changes_its_inputs(name):
     part = STAGES[name]
     for shape in SHAPES:
         for stack in ((), (2,)):
-            W, *others = (draw(*stack, *shape, seed=seed) for seed in range(5))
-            inputs = dict(W=W, lr=torch.tensor(0.02), t=torch.tensor(1.0), **dict(zip(("G", "U", "N", "W0"), others)))
+            W, *others = (draw(*stack, *shape, seed=seed) for seed in range(6))
+            inputs = dict(W=W, lr=torch.tensor(0.02), t=torch.tensor(1.0), **dict(zip(("G", "U", "N", "M", "W0"), others)))
             inputs = {x: inputs[x] for x in part.takes}
-            inputs |= {x: draw(*shape_of(W), seed=5).abs() for x, shape_of in part.state.items()}
+            inputs |= {x: draw(*shape_of(W), seed=6).abs() for x, shape_of in part.state.items()}
             inputs |= {x: torch.tensor(0.1) for x, p in part.knobs.items() if p.default is p.empty}
             before = {x: value.clone() for x, value in inputs.items()}
             made = part.function(**inputs)
@@ -270,7 +278,7 @@ def test_a_stage_of_ones_own(smooth):
     for done in range(6):
         G = draw(3, *TALL, seed=10 + done, dtype=torch.float64)
         rule.advance_(W, G, state, dict(lr=0.3, t=done + 1) | rule.at(done))
-        rule.after_(state)
+        rule.after_(state, done + 1)
         for p, g in zip(params, G):
             p.grad = g
         optimizer.step()
@@ -324,6 +332,44 @@ def test_a_stage_that_no_graph_can_hold(name, graphs, runs, own_stages, monkeypa
             bank.reduce()
             bank.step(step)
     assert len(made) == graphs and calls == [rule.text] * runs
+
+
+def test_a_second_part_runs_beside_the_next_pass(own_stages, monkeypatch):
+    """Kills: a second part in the stream of the forward pass, which would wait for it; one that begins before the step
+    has made its state; a next step, a checkpoint or a load that does not wait for it. On a fake GPU, whose streams note
+    in what order things are asked of them."""
+    said = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            said.append(f"{self.name} waits for {other.name}")
+    main = Stream("main")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
+
+    @contextlib.contextmanager
+    def on(stream):
+        said.append(f"on {stream.name}")
+        yield
+        said.append("on main")
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(aurora, "compiled_rule", lambda text: lambda *arguments: said.append("step"))
+
+    @stage(captured=False, average=whole, after=lambda average: said.append("after") or {})
+    def slow(U, average):
+        return U, average
+    with FakeTensorMode(), Unguarded():
+        bank = Bank({"a": nn.Parameter(torch.empty(4, 4, device="cuda"))}, (4, 4), Rule.of("slow | step"), lambda _: 0.1)
+        for step in range(2):
+            bank.reduce()
+            bank.step(step)
+        bank.buffers = {name: torch.empty(1, 4, 4) for name in ("masters", "slow.average")}
+        bank.load(bank.gather_state())
+    a_step = ["main waits for side", "step", "side waits for main", "on side", "after", "on main"]
+    assert said == [*a_step, *a_step, "main waits for side", "main waits for side"]
 
 
 # Shares

@@ -104,7 +104,7 @@ def run(shape, seed=0) -> tuple[np.ndarray, list]:
         state[f"soap.{name}_basis"].copy_(torch.linalg.qr(covariance(size, seed)).Q)
     for step, G in enumerate(gradients):
         rule.advance_(W, G[None], state, dict(lr=LR, t=step + 1) | rule.at(step))
-        rule.after_(state)
+        rule.after_(state, step + 1)
     return W[0].numpy(), [G.numpy() for G in gradients]
 
 
@@ -143,13 +143,27 @@ def test_bases_find_the_eigenvectors():
     assert torch.equal(state["column_basis"], torch.eye(4).double())  # of covariance zero: no direction is better
 
 
+def test_bases_stand_still_between():
+    """Kills: a QR at every step where every third was asked for, or none; covariances that miss the steps between."""
+    rule, W = Rule.of("soap(0.9, 0.9, every=3) | step"), draw(1, 5, 3)
+    state, seen = rule.state(W), []
+    for step in range(7):
+        rule.advance_(W, draw(1, 5, 3, seed=step), state, dict(lr=LR, t=step + 1))
+        before = state["soap.row_covariance"].clone()
+        rule.after_(state, step + 1)
+        seen.append(state["soap.row_basis"].clone())
+        assert before.any() and torch.equal(before, state["soap.row_covariance"])
+    assert [torch.equal(a, b) for a, b in zip(seen, seen[1:])] == [True, False, True, True, False, True]
+    assert not seen[1].any() and seen[2].any()
+
+
 def test_zero_gradients_do_no_harm():
     """Kills: 0 / 0 in a basis, a second moment or a length where all gradients are zero, as at step 0."""
     rule, W = Rule.of(TEXT), draw(2, 5, 3)
     start, state = W.clone(), rule.state(W)
     for step in range(3):
         rule.advance_(W, torch.zeros_like(W), state, dict(lr=LR, t=step + 1) | rule.at(step))
-        rule.after_(state)
+        rule.after_(state, step + 1)
     torch.testing.assert_close(W, start, rtol=1e-12, atol=0)
     assert all(x.isfinite().all() for x in state.values())
 
