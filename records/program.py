@@ -98,8 +98,11 @@ def number(expression: ast.expr) -> float:
 def stages(rule: str) -> list[tuple[str, str]]:
     """'a(1) | b(c=.5)' as [('a', 'a(1)'), ('b', 'b(c=0.5)')]: the name of each stage, and its text in one spelling.
 
-    Only the grammar is read; which stages there are and what they take, aurora.py knows. ValueError where it is none.
+    Only the grammar is read; which stages there are and what they take, aurora.py knows. An empty rule has none.
+    ValueError where it is no rule.
     """
+    if not rule.strip():
+        return []
     try:
         node, parts = ast.parse(rule.strip(), mode="eval").body, []
         while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):

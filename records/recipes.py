@@ -55,9 +55,11 @@ def read_recipe(path: Path) -> dict[str, str]:
 
 
 def rule(name: str) -> str:
-    """The update rule of the matrices in the recipe of a folder; with the knobs that its lines change one by one."""
+    """The update rule of the matrices in the recipe of a folder; with that of the MLPs, where it is another, and the
+    knobs that its lines change one by one."""
     fields = read_recipe(RECORDS / name / "recipe")
-    return ", ".join([fields["matrix_update"], *(f"{x}={value}" for x, value in fields.items() if "." in x)])
+    mlp = [f"of MLPs {fields['mlp_update']}"] if fields["mlp_update"] else []
+    return ", ".join([fields["matrix_update"], *mlp, *(f"{x}={value}" for x, value in fields.items() if "." in x)])
 
 
 def meaning(text: str | None) -> float | str | None:
