@@ -64,10 +64,10 @@ SPLIT = 1024
 FP32 = 0.75  # of the card's fp32 rate, by cuBLAS in products without TF32; assumed
 # Seconds of a column of a QR on one GPU, by cuSOLVER's geqrf and orgqr, one matrix after the other whatever the stack
 # (github.com/pytorch/pytorch/issues/143281): they go from column to column, and at these sizes wait more than they
-# compute. Calibrated: with it the published program of result #44, which waits for all of SOAP, takes its 327.7 ms on 8
-# H100. So it holds whatever else that program has and the model leaves out. Held out is result #14, SOAP on the MLP with
-# a QR every tenth step: of the 10.9 ms that it takes longer than #11 on the same machine it predicts 13.7. The same for
-# every card: assumed.
+# compute. Calibrated: with it the published program of result #44, which waits for all of SOAP, takes its 327.7 ms on
+# 8 H100. So it holds whatever else that program has and the model leaves out. Held out is result #14, SOAP on the MLP
+# with a QR every tenth step: published, it takes 10.9 ms longer than #11 on the same machine; the model says 13.7. That
+# it is the same for every card is assumed.
 COLUMN = 7.25e-6
 LAUNCH = {"fused": 2e-6, "published": 5e-6}  # seconds a kernel of the optimizer, in a CUDA graph and without; assumed
 MODEL_LAUNCH = 5e-6  # seconds a kernel of the model, which no graph replays; assumed
@@ -78,7 +78,7 @@ PROTOCOLS = ((3.6, 0.47, 2.7, 1 / 4), (10.0, 1.9, 4.0, 0.92), (8.4, 3.4, 9.6, 1.
 
 # Of an update, beside Newton-Schulz: fp32 passes over a matrix, and kernels; contra's power iteration is 11 of the
 # passes. Published: estimated from the formulas; its Muon and NorMuon have no contra. Fused: counted by bench/graph.py,
-# the most over the shapes.
+# the most over the shapes. SOAP's passes are many because a tall matrix's covariance is larger than the matrix.
 TAIL = {("published", "muon"): (12, 8), ("published", "normuon"): (20, 16), ("published", "aurora"): (45, 70),
         ("published", "soap"): (62, 60), ("published", "square soap"): (52, 60),
         ("fused", "muon"): (26, 36), ("fused", "normuon"): (31, 45), ("fused", "aurora"): (28, 44),
@@ -437,8 +437,8 @@ class Published(NamedTuple):
 
 # Medians of the logs of github.com/KellerJordan/modded-nanogpt, records/track_3_optimization (f411b3d3). That torch
 # 2.11 takes cuDNN's attention on Hopper, and an earlier one FA2, is inferred from its rules, not seen in the logs.
-# The first two lines are the calibrations. A100's line is not held out: a SUSTAINED of its own, .80, had been assumed, and was
-# given up for the common one when that prediction was 12% too short.
+# The first two lines are the calibrations, of SUSTAINED and of COLUMN. A100's line is not held out: a SUSTAINED of its
+# own, .80, had been assumed, and was given up for the common one when that prediction was 12% too short.
 PUBLISHED = (
     Published("#17, Aurora", "H100", 8, "2.10", "FA2", "@17_aurora", 157.3),
     Published("#44, SOAP", "H100", 8, "2.9", "FA2",

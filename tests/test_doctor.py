@@ -283,8 +283,8 @@ def test_what_the_default_banks_keep():
 
 
 def test_what_a_rule_keeps(monkeypatch):
-    """Kills: a list of names of states, or of stages, in place of the rule; a state's shape that is read as the weight's.
-    By hand: each of SOAP's sides keeps a covariance and a basis, the weight two moments and a master. Another stage is
+    """Kills: a list of names of states, or of stages, in place of the rule; a state's shape taken for the weight's. By
+    hand: each of SOAP's sides keeps a covariance and a basis, the weight two moments and a master. Another stage is
     counted as soon as a rule can name it."""
     m, n = 3072, 768
     found = doctor.banks(Hyperparameters(matrix_update=SOAP))
