@@ -171,7 +171,8 @@ def test_rules_are_aligned_by_stages():
     assert side_by_side([("a(1)", "a(2)"), ("b", None), (None, "c"), ("d", "d")]) == [
         "  a(1)  !  a(2)", "  b     <", "        >  c", "  d        d"]
     assert max(map(len, side_by_side([("a" * 99, "b" * 55), ("c", "c")]))) < 120
-    for text in ("", "a |", "a(", "(" * 300, "-" * 900 + "1"):
+    assert align("a", "") == [("a", None)]
+    for text in ("a |", "a(", "(" * 300, "-" * 900 + "1"):
         with pytest.raises(ValueError, match="is no update rule"):
             align("a", text)
 
