@@ -51,7 +51,8 @@ def recall(experiment: Experiment, args: argparse.Namespace) -> Start:
     folder = folder_of(named[0])
     state = read_state(folder)
     words = [f"{name}={value}" for name, value in state["hyperparameters"].items()]
-    same = state["hyperparameters"].keys() == vars(experiment.hyperparameters()).keys()  # else its words are unknown here
+    # where the names are others, its words are unknown here
+    same = state["hyperparameters"].keys() == vars(experiment.hyperparameters()).keys()
     before = overridden(experiment, words) if same else None
     if not same or state["source_sha256"] != source_sha256(source_of_run(experiment.script, before)):
         raise ValueError(f"{folder} is of another version of this program: check out the commit that its log names")
@@ -79,8 +80,8 @@ def check_fork(hp, before, state: dict, folder: Path):
         if getattr(hp, name) != getattr(before, name):
             raise ValueError(f"--fork-from: {name} is {getattr(before, name)} in {folder} and cannot change")
     if Rule.of(hp.matrix_update).alone != Rule.of(before.matrix_update).alone:
-        raise ValueError(f"--fork-from: matrix_update is {before.matrix_update!r} in {folder}: to or from adamw it cannot "
-                         "change")
+        raise ValueError(f"--fork-from: matrix_update is {before.matrix_update!r} in {folder}: to or from adamw it "
+                         "cannot change")
     if hp.train_steps <= state["step"]:
         raise ValueError(f"--fork-from: train_steps={hp.train_steps}, and {folder} is at step {state['step']}")
 
