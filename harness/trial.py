@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from harness.arguments import complain
 from harness.checkpoint import STOP
-from harness.log import log_files
+from harness.log import log_files, say
 from harness.neurons import owned_neurons, record_neurons
 from harness.ranks import Place
 
@@ -153,7 +153,7 @@ class Trial:
         self.log.line(line)
         self.log.record(seed=self.seed, step=step, val_loss=val_loss, train_time=seconds)
         if self.place.rank == 0:
-            self.bar.write(line)
+            say(line, self.bar.write)
         self.bar.set_description_str(f"seed {self.seed}" + against_reference(step, val_loss, self.reference))
         if step == 0:
             self.initial = val_loss
