@@ -79,7 +79,7 @@ def doctor(words: list[str], price: float | None = None) -> dict:
     world = int(asked) if asked.isdecimal() and int(asked) else max(1, len(gpus))
     run, plan, complaints = dry_run(words or ([] if gpus else ["@tiny"]), world)
     parameters = int(plan.split(" ")[0].replace(",", "")) if plan else 0
-    findings += [*packages(gpus), *driver(gpus), *waits(gpus), *taken(gpus), *port(), *resolves()]
+    findings += [*packages(gpus), *driver(gpus), *waits(gpus), *taken(gpus), *port(), *resolves(), *options()]
     if plan:
         plan = "\n".join([plan, *estimate(run, plan, gpus, world, price)])
         findings += memory(run, parameters, gpus, world)
@@ -350,6 +350,13 @@ def resolves() -> list[Finding]:
         return [Finding(f"the host name {socket.gethostname()} does not resolve: {error.strerror}",
                         "torchrun --standalone would wait for minutes; ./run.sh does not need the name",
                         "torchrun --local-addr localhost, or the name in /etc/hosts", ends=False)]
+
+
+def options() -> list[Finding]:
+    """What torchrun by hand takes from the environment for options of its own."""
+    return [Finding(f"{name}={value} in the environment", "torchrun takes it for one of its options, such as a number of "
+                    "machines to wait for; ./run.sh does not", f"unset {name}", ends=False)
+            for name, value in sorted(os.environ.items()) if name.startswith("PET_")]
 
 
 def dry_run(words: list[str], world: int) -> tuple[dict | None, str, list[Finding]]:

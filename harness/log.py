@@ -249,7 +249,7 @@ class RunLog:
 
 
 def say(line: str, write: Callable = print):
-    """Print what the log has too. Where nobody reads it any more (`| head`, a launcher that is gone), the run goes on."""
+    """Print what the log has too. The run goes on where nobody reads it any more: `| head`, a launcher that is gone."""
     try:
         write(line)
         sys.stdout.flush()

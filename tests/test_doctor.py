@@ -314,6 +314,13 @@ def test_what_another_job_has_left(machine, monkeypatch):
             assert doctor.doctor([])["plan"].splitlines()[0].endswith(", [] in 2 processes")
 
 
+def test_options_that_another_job_has_left(machine, monkeypatch):
+    """Kills: a torchrun by hand that waits for a second machine, of which the doctor has said nothing."""
+    machine(HEALTHY)
+    monkeypatch.setenv("PET_NNODES", "2")
+    assert found() == ["PET_NNODES=2 in the environment"]
+
+
 def test_the_dry_run_has_the_persons_environment(monkeypatch):
     """Kills: a PYTHONPATH of the machine's modules that the doctor drops and the run has; a variable of another job
     that the doctor writes over, and the run stumbles on."""
