@@ -354,8 +354,8 @@ def resolves() -> list[Finding]:
 
 def options() -> list[Finding]:
     """What torchrun by hand takes from the environment for options of its own."""
-    return [Finding(f"{name}={value} in the environment", "torchrun takes it for one of its options, such as a number of "
-                    "machines to wait for; ./run.sh does not", f"unset {name}", ends=False)
+    return [Finding(f"{name}={value} in the environment", "torchrun takes it for one of its options, such as a number "
+                    "of machines to wait for; ./run.sh does not", f"unset {name}", ends=False)
             for name, value in sorted(os.environ.items()) if name.startswith("PET_")]
 
 
