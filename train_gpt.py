@@ -12,11 +12,17 @@ aurora.py; what any run needs, whatever it trains, is in harness/.
 """
 
 import math
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from pathlib import Path
+
+if __name__ == "__main__":  # while PyTorch is imported there is nothing to save, and Ctrl-C ends without a traceback
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch

@@ -77,7 +77,7 @@ def doctor(words: list[str], price: float | None = None) -> dict:
     world = int(asked) if asked.isdecimal() and int(asked) else max(1, len(gpus))
     run, plan, complaints = dry_run(words or ([] if gpus else ["@tiny"]), world)
     parameters = int(plan.split(" ")[0].replace(",", "")) if plan else 0
-    findings += [*packages(gpus), *driver(gpus), *waits(gpus), *taken(gpus), *port(), *resolves()]
+    findings += [*packages(gpus), *driver(gpus), *waits(gpus), *taken(gpus), *port(), *resolves(), *options()]
     saved = 0
     if plan:
         size = checkpoint_bytes(run, world)
@@ -360,6 +360,13 @@ def resolves() -> list[Finding]:
                         "torchrun --local-addr localhost, or the name in /etc/hosts", ends=False)]
 
 
+def options() -> list[Finding]:
+    """What torchrun by hand takes from the environment for options of its own."""
+    return [Finding(f"{name}={value} in the environment", "torchrun takes it for one of its options, such as a number "
+                    "of machines to wait for; ./run.sh does not", f"unset {name}", ends=False)
+            for name, value in sorted(os.environ.items()) if name.startswith("PET_")]
+
+
 def banks(hp) -> list[Kept]:
     """Of the trainer's banks, as it would allocate them for `hp`. Needs PyTorch; allocates nothing."""
     import torch
@@ -406,7 +413,7 @@ def passing(bank) -> int:
     with Alive() as first:
         advance_(bank.rule, bank.masters, bank.gradients, bank.state, knobs)
     with Alive() as second:
-        bank.rule.after_(bank.state)
+        bank.rule.after_(bank.state, 1)
     return first.most + second.most
 
 

@@ -174,7 +174,7 @@ def test_work_in_fp32_is_what_runs(text, shape):
     with Fp32() as first:
         aurora.advance_(rule, W, torch.empty_like(W), state, dict(lr=0.1, t=1))
     with Fp32() as second:
-        rule.after_(state)
+        rule.after_(state, 1)
     for form in ("published", "fused"):
         kernels = roofline.fp32_kernels(3, *shape, rule, form)
         assert sum(k.count * k.flops for k in kernels) == first.flops > 0

@@ -307,7 +307,7 @@ def test_what_passes_in_an_update(text, shape):
     rule, W, meta = aurora.Rule.of(text), torch.randn(shape), torch.empty(shape, device="meta")
     state, knobs = rule.state(W), dict(lr=0.1, t=torch.ones(()))
     ran = (most_memory(lambda: aurora.advance_(rule, W, torch.randn(shape), state, knobs)) - W.nbytes
-           + most_memory(lambda: rule.after_(state)))
+           + most_memory(lambda: rule.after_(state, 1)))
     bank = SimpleNamespace(masters=meta, gradients=meta.clone(), state=rule.state(meta), rule=rule, knobs=knobs)
     assert ran - 0.6 * W.nbytes < doctor.passing(bank) < 1.01 * ran
 
@@ -380,6 +380,13 @@ def test_what_another_job_has_left(machine, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             assert doctor.doctor([])["plan"].splitlines()[0].endswith(", [] in 2 processes")
+
+
+def test_options_that_another_job_has_left(machine, monkeypatch):
+    """Kills: a torchrun by hand that waits for a second machine, of which the doctor has said nothing."""
+    machine(HEALTHY)
+    monkeypatch.setenv("PET_NNODES", "2")
+    assert found() == ["PET_NNODES=2 in the environment"]
 
 
 def test_the_dry_run_has_the_persons_environment(monkeypatch):

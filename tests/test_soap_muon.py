@@ -94,7 +94,8 @@ def in_float64(monkeypatch):
 
 
 def run(shape, seed=0) -> tuple[np.ndarray, list]:
-    """The stages' weight after some steps, and the gradients: of unlike scale along rows and columns, the first zero."""
+    """The stages' weight after some steps, and the gradients: of unlike scale along rows and columns, the first zero.
+    """
     scale = torch.logspace(0, -1, shape[0], dtype=torch.float64)[:, None] * torch.logspace(0, 1, shape[1])
     gradients = [draw(*shape, seed=100 + i) * scale * (i > 0) for i in range(STEPS)]
     rule, W = Rule.of(TEXT), draw(*shape, seed=seed)[None]
