@@ -579,7 +579,7 @@ def trust_gate(U: Tensor, M: Tensor, G: Tensor, floor: float = 0.0, cap: float =
 @stage(row_covariance=row_pairs, column_covariance=column_pairs)
 def anneal(U: Tensor, G: Tensor, L: Tensor, R: Tensor, row_covariance: Tensor, column_covariance: Tensor,
            ratio: UpToOne, exponent: float = 0.25, forget: BelowOne = 0.01) -> tuple[Tensor, ...]:
-    """Spectral annealing: L (ratio^(exponent x) o L^T U R) R^T of U's length. x_ij: log (L^T A L)_ii + log (R^T B R)_jj,
+    """Spectral annealing: L (ratio^(exponent x) o L^T U R) R^T of U's length, x_ij: log (L^T A L)_ii + log (R^T B R)_jj
     less its mean, over its deviation and within [-2, 2]; A and B are running means of G G^T and G^T G that begin with
     the first step at which ratio is below 1. Where gradients are large, steps shrink before the rate does.
 
