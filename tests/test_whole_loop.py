@@ -25,7 +25,8 @@ AHEAD = "between(power(0.3, 30, 14.6, 1.2), 2, 19)"
 RULES = {
     "matrix_update": f"{MOMENTUM} | soap(0.9, 0.8) | trust_gate(ramp(0.45, 0, 12, 18), ramp(0.5, 1, 17, 18), "
                      "names(0, attn_proj=1)) | schatten4_polar | "
-                     "anneal(at_least(power(1, 30, 24.7, 1.2), 0.3), 0.25, 0.1) | aspect | brake(0.5) | row_floor(1.75) | step | pin | cautious_decay(0.5)",
+                     "anneal(at_least(power(1, 30, 24.7, 1.2), 0.3), 0.25, 0.1) | aspect | brake(0.5) | "
+                     "row_floor(1.75) | step | pin | cautious_decay(0.5)",
     "adam_update": "adamw(0.8, 0.99, 1e-10, 0)",
     "vector_update": "raw_adam(0.8, names(0.997, gains=0.99, attn_proj_bias=0.9965), 1e-10) | step",
     "final_update": f"tail_average(16, 5, names(0.6, embed=0)) | lookahead({AHEAD}, 0.1)",
