@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import UPDATES, Unguarded, one_process
+from conftest import SOAP_MUON, UPDATES, Unguarded, one_process
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,14 +24,6 @@ CPU = torch.device("cpu")
 # step is another
 # (32 wide: where the CPU multiplies bf16 in tiles, torch's product of a single 16 x 16 rounds otherwise than a stack's)
 SHAPE = ["num_layers=3", "model_dim=32", "head_dim=8", "vocab_size=64", "warmup_steps=10"]
-# all that result #46 has, and what claims after it add, at steps of a short run
-SOAP_MUON = [
-    "matrix_update=bimaxwell(ramp(0.85, 0.95, 0, 4), 0.85, ramp(0.95, 0.98, 1, 2)) | soap(0.9, 0.9) | "
-    "trust_gate(0, 0.85, names(0, attn_proj=1)) | schatten4_polar | anneal(at_least(power(1, 6, 4, 1.2), 0.3)) | "
-    "aspect | brake(0.5) | row_floor(1.75) | step | pin | cautious_decay(0.5)",
-    "adam_update=adamw(0.8, 0.99, 1e-10, 0)",
-    "vector_update=raw_adam(0.8, names(0.997, gains=0.99, attn_proj_bias=0.9965), 1e-10) | step",
-    "final_update=anchored_average(1, 2, names(0.6, embed=0), ramp(0, 0.45, 0, 2)) | lookahead(between(0.3, 1, 5))"]
 WORDS = {name: [f"matrix_update={text}"] for name, text in UPDATES.items()} | {"soap_muon": SOAP_MUON}
 SHARED = "aurora", "normuon", "adamw", "soap_muon"
 
