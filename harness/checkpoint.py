@@ -155,8 +155,8 @@ def read_checkpoint(folder: Path) -> dict:
 # and Ctrl-C save and stop; under nohup, which asks that a run outlives its terminal, SIGHUP saves alone. The place in
 # the data follows from the step; nothing is drawn at random after the initial weights.
 
-STATE = dict(hyperparameters=dict, source_sha256=str, end=int, neurons=int, every=int, failed=bool, seed=int, step=int,
-             trial=dict, banks=list, lengths=dict)  # `end`: of the seeds
+STATE = dict(hyperparameters=dict, source_sha256=str, end=int, neurons=int, every=int, failed=bool, result=int,
+             seed=int, step=int, trial=dict, banks=list, lengths=dict)  # `end`: of the seeds
 SAVE, STOP = 1, 2  # what a signal asks for: a checkpoint; a checkpoint and the end
 SIGNALS = {signal.SIGUSR1: SAVE, signal.SIGTERM: STOP, signal.SIGINT: STOP, signal.SIGHUP: STOP}
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from harness.arguments import Experiment, complain, departures, overridden, parse
+from harness.arguments import Experiment, complain, departures, overridden, parse, result_of
 from harness.checkpoint import Signals, Writer, folder_of, read_state
 from harness.heartbeat import Heartbeat
 from harness.log import SEPARATOR, RunLog, facts, finished_seeds, log_files, mirror_to_wandb, moved
@@ -37,12 +37,15 @@ class Start(NamedTuple):
     hp: object  # the experiment's hyperparameters
     state: dict | None = None  # of the checkpoint that the first trial goes on from
     head: object = None  # of a resumed run, the hyperparameters at the head of its log; micro_batch may be another
+    result: int = 0  # the published one whose curve the progress bar shows the run beside; 0 is none
 
 
 def recall(experiment: Experiment, args: argparse.Namespace) -> Start:
     """What the arguments ask for, and the checkpoint that they name says. ValueError where the two do not fit."""
     if not (args.resume or args.fork_from):
-        return Start(args, overridden(experiment, args.overrides))
+        hp, recipes = overridden(experiment, args.overrides), [word for word in args.overrides if word.startswith("@")]
+        result = result_of(*[word for word in recipes if result_of(word)][-1:])
+        return Start(args, hp, result=shown_beside(result, hp, overridden(experiment, recipes)))
     named = [args.resume or args.fork_from, *filter(os.path.exists, args.overrides)]
     if len(named) > 1:  # of logs/*.checkpoint the shell makes all that there are
         newest = max(named, key=lambda path: os.path.exists(path) and os.path.getmtime(path))
@@ -59,10 +62,18 @@ def recall(experiment: Experiment, args: argparse.Namespace) -> Start:
         settled = dict(resume=str(folder), seed=state["seed"], trials=state["end"] - state["seed"],
                        neurons=state["neurons"], checkpoint_every=state["every"])
         hp = overridden(experiment, words + args.overrides)
-        return Start(argparse.Namespace(**vars(args) | settled), hp, state, before)
+        return Start(argparse.Namespace(**vars(args) | settled), hp, state, before, state["result"])
     hp = overridden(experiment, words + args.overrides)
     check_fork(hp, before, state, folder)
-    return Start(argparse.Namespace(**vars(args) | dict(seed=state["seed"], trials=1)), hp, state)
+    return Start(argparse.Namespace(**vars(args) | dict(seed=state["seed"], trials=1)), hp, state,
+                 result=shown_beside(state["result"], hp, before))
+
+
+def shown_beside(result: int, hp, recipe) -> int:
+    """The published result, or 0 where the run is to have another schedule or to claim another metric than its
+    recipe, whose curve would then tell nothing of it."""
+    decisive = (name for name in vars(hp) if name.endswith(("_schedule", "_steps")) or name == "metric")
+    return result * all(getattr(hp, name) == getattr(recipe, name) for name in decisive)
 
 
 def check_resume(args: argparse.Namespace, state: dict, folder: Path):
@@ -104,7 +115,7 @@ class Run:
 
     def __init__(self, experiment: Experiment, start: Start, place: Place, shards: dict, val_shards: dict):
         self.experiment, self.place, self.shards, self.val_shards = experiment, place, shards, val_shards
-        self.args, self.hp, self.state, head = start
+        self.args, self.hp, self.state, head, self.result = start
         self.head = head or self.hp
         self.root = experiment.script.parent
         self.failed = bool(self.args.resume) and self.state["failed"]  # whether a trial has
@@ -177,7 +188,7 @@ class Run:
         """What a checkpoint holds of the run."""
         return dict(hyperparameters=vars(self.head), end=self.args.seed + self.args.trials, neurons=self.args.neurons,
                     source_sha256=source_sha256(source_of_run(self.experiment.script, self.head)),
-                    every=self.args.checkpoint_every, failed=self.failed)
+                    every=self.args.checkpoint_every, failed=self.failed, result=self.result)
 
 
 ########################################

@@ -18,7 +18,9 @@ import torch.distributed as dist
 from conftest import ROOT, SOAP_MUON, start, train
 
 import train_gpt
+from harness.arguments import parse
 from harness.checkpoint import read_checkpoint, write_checkpoint
+from harness.run import recall
 from records.__main__ import main as desk
 from records.log import read
 from tests.drills import kill
@@ -218,6 +220,19 @@ def test_files_of_other_names_stay_in_a_checkpoint(tmp_path):
     (tmp_path / "run" / "folder").mkdir()
     write_checkpoint(tmp_path / "run", "seed0-step3.pt", {"x": torch.zeros(1)})
     assert sorted(os.listdir(tmp_path / "run")) == ["best.pt", "folder", "manifest.json", "notes.txt", "seed0-step3.pt"]
+
+
+def test_a_run_that_goes_on_knows_its_recipe(quick, tmp_path, monkeypatch):
+    """Kills: a resumed run of #36's recipe shown beside result #17, or beside none; a fork with another schedule shown
+    beside the recipe that it left."""
+    recipe = tmp_path / "36_quick"
+    recipe.write_text("\n".join(quick))
+    train(tmp_path, [f"@{recipe}", "--checkpoint-every", "6"])
+    folder = str(checkpoint_of(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    beside = [recall(train_gpt.EXPERIMENT, parse(words)).result for words in (
+        ["--resume", folder], ["--fork-from", folder, "matrix_lr=1"], ["--fork-from", folder, "train_steps=11"])]
+    assert beside == [36, 36, 0]
 
 
 def test_what_a_person_types_for_resume(quick, tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 """The recipes under records/, against constants copied from the programs at the head of the published logs."""
 
 import math
+from dataclasses import fields
 
 import pytest
 from conftest import ROOT, start
 
 import train_gpt
+from records.recipes import meaning, read_recipe, recipes, rule
 from train_gpt import Hyperparameters, override
 
 # train_steps, the reported step, rule and rate of the matrices, rule of all others, rates of embedding, head and
@@ -56,6 +58,16 @@ def test_a_recipe_has_the_constants_of_its_program(name):
     dense = name in ("17_aurora", "36_muon_tuned", "11_contra_muon")
     late = math.ceil(0.9 * steps / 25) * 25
     assert train_gpt.is_validation_step(late + 25 * (late % 125 == 0), hp) == dense
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_desk_reads_what_the_trainer_runs(name):
+    """Kills: a default, a comment or a number that the desk reads otherwise than the trainer does."""
+    read, hp = read_recipe(ROOT / "records" / name / "recipe"), override([f"@{name}"])
+    assert list(read) == [field.name for field in fields(Hyperparameters)]
+    assert {x: meaning(text) for x, text in read.items() if "**" not in text} == {
+        x: meaning(str(value)) for x, value in vars(hp).items() if "**" not in read[x]}  # the desk computes no powers
+    assert rule(name) == hp.matrix_update and name in recipes()
 
 
 @pytest.mark.parametrize("name", OURS)
