@@ -7,7 +7,7 @@ An update rule is one line of text. This is result #17's:
 A stage is a pure function of what flows from stage to stage, by the names in its signature:
 
     G gradient    W weight    W0 weight before the step    U update so far (G at first)    N what U was made of
-    M momentum    lr rate     t number of this step, from 1
+    M momentum    lr rate     t number of this step, from 1    L, R bases of rows and columns
 
 It makes U, unless its decorator says otherwise, and returns that and then the state that the decorator declares. What
 is left of its signature are its knobs: numbers; schedules of the step such as ramp(0.85, 0.95, 0, 300); or, where it
@@ -16,6 +16,7 @@ differs within a stack, names(0.6, embed=0): 0.6, and 0 where the parameter's na
     ramp(before, after, start, stop)      from one value to another, linear between two steps
     between(value, start, stop)           the value from one step up to another, else 0
     power(value, steps, last, exponent)   value, and over the `last` of `steps` steps times (steps left / last)^exponent
+    at_least(value, least)                value, or `least` where that is more
 
     nesterov(mu)                    M <- mu M + (1 - mu) G;  U = N = (1 - mu) G + mu M
     bimaxwell(mu, fast, slow, share) nesterov with the mean of two M's, one forgetting faster: pull request 339
@@ -28,6 +29,7 @@ differs within a stack, names(0.6, embed=0): 0.6, and 0 where the parameter's na
     schatten4_polar                 the record's table, of an input of Schatten-4 norm 1: results #30 to #46
     soap(beta2, beta, every)        U = N <- U over a running root mean square in the eigenbases of the gradients: #44
     trust_gate(floor, cap, share)   U = N <- between the momentum and U, as far as the two and the gradient agree: #44
+    anneal(ratio, exponent, forget) U <- U, less of it where soap's bases show large gradients, of the same length
     contra(strength)                U <- U - strength/2 N/||N||_2, of the same length
     normuon(beta2)                  U <- its rows over a running mean of their squares, of the same length
     normuon_lite(beta2)             the same along the longer side: results #9 to #11
@@ -294,7 +296,7 @@ def balanced_tangent(U: Tensor, G: Tensor) -> Tensor:
 #                Stages                #
 ########################################
 
-FLOW = ("G", "W", "W0", "U", "N", "M", "lr", "t")
+FLOW = ("G", "W", "W0", "U", "N", "M", "L", "R", "lr", "t")
 
 
 class BelowOne(float):
@@ -538,7 +540,7 @@ def next_bases(row_covariance, row_basis, column_covariance, column_basis, secon
                 second_moment=second_moment.take_along_dim(orders[1].unsqueeze(-2), dim=-1))
 
 
-@stage(makes=("U", "N"), after=next_bases, row_covariance=row_pairs, row_basis=row_pairs,
+@stage(makes=("U", "N", "L", "R"), after=next_bases, row_covariance=row_pairs, row_basis=row_pairs,
        column_covariance=column_pairs, column_basis=column_pairs, second_moment=whole)
 def soap(U: Tensor, G: Tensor, row_covariance: Tensor, row_basis: Tensor, column_covariance: Tensor,
          column_basis: Tensor, second_moment: Tensor, beta2: BelowOne = 0.9, beta: BelowOne = 0.9, every: int = 1):
@@ -554,7 +556,7 @@ def soap(U: Tensor, G: Tensor, row_covariance: Tensor, row_basis: Tensor, column
     second_moment = beta2 * second_moment + (1 - beta2) * Y.square()
     P = L @ (Y / second_moment.clamp(min=1e-16).sqrt()) @ R.mT
     P = P * schatten4(U).clamp(min=1e-8) / schatten4(P).clamp(min=1e-8)
-    return (P, P, beta * row_covariance + (1 - beta) * G @ G.mT, row_basis,
+    return (P, P, L, R, beta * row_covariance + (1 - beta) * G @ G.mT, row_basis,
             beta * column_covariance + (1 - beta) * G.mT @ G, column_basis, second_moment)
 
 
@@ -573,6 +575,27 @@ def trust_gate(U: Tensor, M: Tensor, G: Tensor, floor: float = 0.0, cap: float =
     P = P * schatten4(M).clamp(min=1e-8) / schatten4(P).clamp(min=1e-8)
     U = U + share * (P - U)
     return U, U
+
+
+@stage(row_covariance=row_pairs, column_covariance=column_pairs)
+def anneal(U: Tensor, G: Tensor, L: Tensor, R: Tensor, row_covariance: Tensor, column_covariance: Tensor,
+           ratio: UpToOne, exponent: float = 0.25, forget: BelowOne = 0.01) -> tuple[Tensor, ...]:
+    """Spectral annealing: L (ratio^(exponent x) o L^T U R) R^T of U's length, x_ij: log (L^T A L)_ii + log (R^T B R)_jj
+    less its mean, over its deviation and within [-2, 2]; A and B are running means of G G^T and G^T G that begin with
+    the first step at which ratio is below 1. Where gradients are large, steps shrink before the rate does.
+
+    From the open claim of 2540 steps, github.com/jn2clark/modded-nanogpt: ratio is the rate over its largest.
+    """
+    def averaged(C, new):
+        return torch.where(frobenius(C) == 0, new, (1 - forget) * C + forget * new) * (ratio < 1)
+
+    def log_variances(C, Q):
+        return (Q * (C @ Q)).sum(dim=-2).clamp(min=1e-30).log()
+    A, B = averaged(row_covariance, G @ G.mT), averaged(column_covariance, G.mT @ G)
+    x = log_variances(A, L).unsqueeze(-1) + log_variances(B, R).unsqueeze(-2)
+    x = x - x.mean(dim=(-2, -1), keepdim=True)
+    x = (x / x.std(dim=(-2, -1), keepdim=True).clamp(min=1e-6)).clamp(-2, 2)
+    return of_length(frobenius(U), L @ (L.mT @ U @ R * ratio ** (exponent * x)) @ R.mT), A, B
 
 
 @stage()
@@ -661,7 +684,9 @@ def lookahead(W: Tensor, W0: Tensor, point: Tensor, drift: Tensor, t, size: floa
     """W + size b: the next gradient is taken, and the next step made, ahead of W, where b is a running mean of W's
     movement, b <- (1 - forget) b + forget (W - W before). Validation sees W itself.
 
-    EMA-Nesterov, results #39 and #40. A constant drift d becomes d / (1 - size); what oscillates is left alone.
+    EMA-Nesterov, results #39 and #40. A constant drift d becomes d / (1 - size); what oscillates is left alone. Step t
+    ends with the move, whose size is the knob's after t - 1 steps: #46, which moves before the gradients of the steps
+    that have 300 to 1949 before them, is between(..., 299, 1949).
     """
     before = torch.where(torch.as_tensor(t) == 1, W0, point)
     drift = (1 - forget) * drift + forget * (W - before)
@@ -709,8 +734,13 @@ def power(step: int, value, steps: int, last: float, exponent: float) -> float:
     return value * min(1.0, max(0, steps - step) / max(last, 1e-9)) ** exponent
 
 
+def at_least(step: int, value, least) -> float:
+    """`value`, or `least` where that is more."""
+    return max(value, least)
+
+
 # functions of the number of steps done; those arguments without a type are values of the knob, or schedules of it
-SCHEDULES = {function.__name__: function for function in (ramp, between, power)}
+SCHEDULES = {function.__name__: function for function in (ramp, between, power, at_least)}
 
 
 class Schedule(NamedTuple):
@@ -747,7 +777,7 @@ class Rule(NamedTuple):
     def of(cls, text: str) -> "Rule":
         """Reads a rule, and runs nothing of it. ValueError, a line, names what is wrong and the nearest right word."""
         parts = tuple(read_part(node) for node in chain(text))
-        names, made = [part.stage.name for part in parts], set(FLOW) - {"N", "M"}
+        names, made = [part.stage.name for part in parts], set(FLOW) - {"N", "M", "L", "R"}
         for i, (stage, _) in enumerate(parts):
             if stage.name in names[:i]:
                 raise ValueError(f"{stage.name} stands twice in {text!r}: once is enough")
@@ -756,12 +786,15 @@ class Rule(NamedTuple):
                 raise ValueError(f"{adam} moves the weight by itself: it stands first, and averages and lookahead alone "
                                  "may follow")
             if missing := set(stage.takes) - made:
-                raise ValueError(f"{stage.name} needs {min(missing)}, which no stage before it makes: nesterov does")
+                maker = next(other.name for other in STAGES.values() if min(missing) in other.makes)
+                raise ValueError(f"{stage.name} needs {min(missing)}, which no stage before it makes: {maker} does")
             moved = [other.name for other, _ in parts[:i] if other.moves]
             if moved and "U" in stage.makes:
                 raise ValueError(f"{stage.name} stands after {moved[0]}, where its update is of no use: put it before")
-            if "W0" in stage.takes and not moved:
+            if ("W0" in stage.takes or stage.views) and not moved:
                 raise ValueError(f"{stage.name} looks back at the step: put it after step")
+            if ahead := [other.name for other, _ in parts[:i] if other.views and "W" in other.makes]:
+                raise ValueError(f"{stage.name} stands after {ahead[0]}, which goes beyond the weight: put it before")
             made |= set(stage.makes)
         if not any(stage.moves for stage, _ in parts):
             raise ValueError(f"{text!r} does not move the weight: end it with | step")

@@ -141,7 +141,8 @@ class Hyperparameters:
     @property
     def metrics(self) -> list[str]:
         """The losses that a validation has: another one where a rule keeps an average."""
-        averages = any("average" in stage.state for stage, _ in self.rule("matrix_update").parts)
+        averages = any("val_ema_loss" in stage.views and "val_loss" not in stage.views
+                       for stage, _ in self.rule("matrix_update").parts)
         return ["val_loss"] + ["val_ema_loss"] * averages
 
 

@@ -1,6 +1,7 @@
 """A run that is killed and goes on is the run that was never killed; it can be seen, waited for, and forked."""
 
 import copy
+import json
 import os
 import re
 import resource
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, start, train
+from conftest import ROOT, SOAP_MUON, start, train
 
 import train_gpt
 from harness.arguments import parse
@@ -64,9 +65,23 @@ def whole(words, tmp_path_factory):
     return folder
 
 
-def same(folder: Path, whole: Path):
+@pytest.fixture(scope="module")
+def soap_words(words):
+    return [*words, *SOAP_MUON]
+
+
+@pytest.fixture(scope="module")
+def soap_whole(soap_words, tmp_path_factory):
+    """The same of a rule that looks ahead and averages."""
+    folder = tmp_path_factory.mktemp("soap")
+    train(folder, [*soap_words, "train_steps=9"])
+    assert all(" val_ema_loss:" in line for line in curve(folder)[1] if line.startswith("step:"))
+    return folder
+
+
+def same(folder: Path, whole: Path, count: int = 15):
     assert curve(folder) == curve(whole)
-    assert kill.same(folder, whole) and len(tensors(read_checkpoint(checkpoint_of(whole)))) == 15
+    assert kill.same(folder, whole) and len(tensors(read_checkpoint(checkpoint_of(whole)))) == count
 
 
 def test_checkpoints_change_nothing(whole, quick, tmp_path):
@@ -94,6 +109,32 @@ def test_a_killed_run_goes_on_to_the_same_bits(moment, words, whole, tmp_path):
     (log,) = (tmp_path / "logs").glob("*.txt")
     assert len(re.findall(r"^resumed: step [36], world_size 1$", log.read_text(), re.MULTILINE)) == 1
     assert [trial.complete for trial in read(log).trials] == [True, True]
+
+
+def test_a_killed_run_that_looks_ahead_goes_on_to_the_same_bits(soap_words, soap_whole, tmp_path):
+    """Kills: as above, a point, a drift, an average, a basis or a covariance that is lost; training that goes on from
+    what a validation has shown, or from W where it had looked ahead; a val_ema_loss of another average."""
+    assert killed(tmp_path, [*soap_words, "train_steps=9"], calls=6).returncode == -signal.SIGKILL
+    train(tmp_path, ["--resume", f"logs/{checkpoint_of(tmp_path).name}"])
+    same(tmp_path, soap_whole, count=57)
+
+
+def test_what_a_fork_of_a_rule_may_change(soap_whole, tmp_path):
+    """Kills: a fork that goes on without a state that its rule needs, or with one of another meaning; one that refuses
+    another number."""
+    folder = str(checkpoint_of(soap_whole))
+    for words, name in ((["final_update="], "matrix_update"), (["vector_update="], "vector_update"),
+                        ([f"final_update={SOAP_MUON[-1].split(' | ')[1]}"], "matrix_update")):
+        with pytest.raises(SystemExit) as refused:
+            train(tmp_path / "refused", ["--fork-from", folder, "train_steps=12", *words])
+        assert re.fullmatch(fr"train_gpt.py: --fork-from: {name} is '.*' in .*, with another state than .*: knobs may "
+                            "change, and stages that keep nothing", str(refused.value))
+    train(tmp_path / "fork", ["--fork-from", folder, "train_steps=11", "soap.beta=0.5", "lookahead.size=0.1",
+                              "anchored_average.share=0.5", "val_every=1"])
+    (log,) = (tmp_path / "fork" / "logs").glob("*.txt")
+    rows = [json.loads(line) for line in log.with_suffix(".jsonl").read_text().splitlines() if "val_ema_loss" in line]
+    assert [row["step"] for row in rows] == [9, 11]
+    assert rows[0]["val_loss"] == curve(soap_whole)[0][-1][2] and rows[0]["val_ema_loss"] != curve(soap_whole)[0][-1][3]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
