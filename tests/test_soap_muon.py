@@ -146,6 +146,23 @@ def test_a_mistake_is_seen(mistake, in_float64):
     assert max(map(distance, SHAPES)) > 1e-3
 
 
+def test_what_soap_does_not_depend_on():
+    """Kills: a covariance or a second moment that a basis does not turn with, an epsilon that is felt. Columns of the
+    bases may have either sign; gradients a thousand times as long make updates as much longer."""
+    rule, seen = Rule.of("nesterov(0.9) | soap(0.9, 0.9) | step"), []
+    for scale, flip in ((1, 1), (1, -1), (1000, 1)):
+        W = torch.zeros(1, 5, 5, dtype=torch.float64)  # square: of a gradient of lower rank, rounding chooses bases
+        state = rule.state(W)
+        for step in range(8):
+            rule.advance_(W, scale * draw(1, 5, 5, seed=step), state, dict(lr=1.0, t=step + 1))
+            rule.after_(state, step + 1)
+            for name in ("row", "column"):
+                state[f"soap.{name}_basis"][..., ::2] *= flip
+        seen.append(W / scale)
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-9)
+    torch.testing.assert_close(seen[2], seen[0], rtol=0, atol=1e-9)
+
+
 def test_bases_find_the_eigenvectors():
     """Kills: bases that stand still (the QR of Q C or a polar factor in place of QR), order by rising variance."""
     A = draw(5, 5, seed=1)
