@@ -148,8 +148,9 @@ def polar(G: Tensor, coefficients=SIMPLE_QUINTIC_12, dtype=torch.bfloat16, norm=
 
     Newton-Schulz moves each singular value s to p(...p(s / norm(G))). Those above 1e-3 norm(G) end within 5e-6 of 1
     with the record's table, 1e-14 with POLAR_EXPRESS_8 or CANS_12, .53 with QUINTIC_5, in exact arithmetic; smaller
-    ones fall short of 1. Above 1e19 fp32 has no norm: 0 again. bf16 adds up to 7e-3 where G is well-conditioned; where it is not, rounding noise grows as
-    small singular values do, so that an exactly low-rank G gets more rank than it had.
+    ones fall short of 1. Above 1e19 fp32 has no norm: 0 again. bf16 adds up to 7e-3 where G is well-conditioned; where
+    it is not, rounding noise grows as small singular values do, so that an exactly low-rank G gets more rank than it
+    had.
     """
     X = G.to(dtype)
     tall = X.size(-2) > X.size(-1)
@@ -545,10 +546,10 @@ def soap(U: Tensor, G: Tensor, row_covariance: Tensor, row_basis: Tensor, column
          column_basis: Tensor, second_moment: Tensor, beta2: BelowOne = 0.9, beta: BelowOne = 0.9, every: int = 1):
     """SOAP (arXiv 2409.11321) as results #44 to #46 of track 3 have it, before a polar factor.
 
-    In the bases L, R of the last step, Y = L^T U R,  v <- beta2 v + (1 - beta2) Y^2,  P = L (Y / sqrt(v)) R^T, which gets
-    U's Schatten-4 norm. Then the covariances take in the gradient, C <- beta C + (1 - beta) G G^T, of columns G^T G.
-    The second moment is of the momentum, not of the gradient, and nothing is corrected for its start at zero. The bases
-    follow the covariances every so many steps.
+    In the bases L, R of the last step, Y = L^T U R,  v <- beta2 v + (1 - beta2) Y^2,  P = L (Y / sqrt(v)) R^T, which
+    gets U's Schatten-4 norm. Then the covariances take in the gradient, C <- beta C + (1 - beta) G G^T, of columns
+    G^T G. The second moment is of the momentum, not of the gradient, and nothing is corrected for its start at zero.
+    The bases follow the covariances every so many steps.
     """
     L, R = started(row_basis), started(column_basis)
     Y = L.mT @ U @ R
@@ -644,7 +645,7 @@ def cautious_decay(W: Tensor, W0: Tensor, U: Tensor, lr, rate: float) -> Tensor:
 
 @stage(makes=("W",))
 def hyperball(W: Tensor, U: Tensor, lr) -> Tensor:
-    """W - lr r U / ||U||_F, brought back to the length r = ||W||_F: MuonH, github.com/KellerJordan/modded-nanogpt, #5."""
+    """W - lr r U / ||U||_F, brought back to the length r = ||W||_F: MuonH, result #5 of track 3."""
     length = frobenius(W)
     moved = W - lr * length * U / frobenius(U).clamp(min=1e-10)
     return moved * length / frobenius(moved).clamp(min=1e-10)
@@ -774,7 +775,7 @@ class Rule(NamedTuple):
     @classmethod
     @cache
     def of(cls, text: str) -> "Rule":
-        """Reads a rule, and runs nothing of it. ValueError, in one line, names what is wrong and the nearest right word."""
+        """Reads a rule, and runs nothing of it. ValueError, a line, names what is wrong and the nearest right word."""
         parts = tuple(read_part(node) for node in chain(text))
         names, made = [part.stage.name for part in parts], set(FLOW) - {"N", "M", "L", "R"}
         for i, (stage, _) in enumerate(parts):
@@ -1047,7 +1048,8 @@ def with_knob(text: str, name: str, knob: str, value: str) -> str:
     calls = [read_call(node, STAGES, "stage") for node in nodes]
     index = [called for called, _ in calls].index(name)
     names = list(STAGES[name].knobs)
-    bound = bind(name, name, calls[index][1], names, []) | bind(f"{name}.{knob}={value}", name, [(knob, new)], names, [])
+    bound = (bind(name, name, calls[index][1], names, [])
+             | bind(f"{name}.{knob}={value}", name, [(knob, new)], names, []))
     in_order = [x for x in names if x in bound]
     positional = in_order if in_order == names[:len(in_order)] else []
     nodes[index] = ast.Call(ast.Name(name), [bound[x] for x in positional],
@@ -1127,8 +1129,8 @@ class Aurora(torch.optim.Optimizer):
     >>> loss.item() < 0.1
     True
 
-    `update` is a rule of the language at the head of this file, checked when the group is added; groups may have rules of
-    their own. A convolution's filters can share their memory with a matrix that is optimized in their place: m =
+    `update` is a rule of the language at the head of this file, checked when the group is added; groups may have rules
+    of their own. A convolution's filters can share their memory with a matrix that is optimized in their place: m =
     torch.nn.Parameter(conv.weight.detach().flatten(1)), and before each step m.grad = conv.weight.grad.flatten(1).
 
     Needs the sum, or the mean, of the ranks' gradients: all-reduce them, as DistributedDataParallel does. Parameters of
@@ -1138,9 +1140,10 @@ class Aurora(torch.optim.Optimizer):
     differently for another size of stack. On a GPU the first step compiles, for each shape of a stack. Gradients are
     not changed.
 
-    Where there are several ranks, step() is a collective. The first one compares their weights, and each one which
-    parameters have a gradient; what does not fit is a ValueError on all of them. Ranks that have weights of their own
-    say so: process_group=dist.new_group([dist.get_rank()], use_local_synchronization=True).
+    Where there are several ranks, step() is a collective. The first one compares their weights, as does the next one
+    after any of them has added a group or loaded a state, and each one which parameters have a gradient; what does not
+    fit is a ValueError on all of them. Ranks that have weights of their own say so:
+    process_group=dist.new_group([dist.get_rank()], use_local_synchronization=True).
 
     state_dict() is none: it returns at once on any rank. Before, all ranks call consolidate_state_dict(), which gathers
     the state on rank 0 (or `to` another, or on all: to=None) up to the next step; without it, a rank that lacks a part
@@ -1155,7 +1158,8 @@ class Aurora(torch.optim.Optimizer):
     """
 
     process_group = None
-    _compared = False  # whether the ranks were, since a group or a state was added
+    _compared = 0  # how many parameters the ranks had when they were last found to begin with the same
+    _new = True  # whether a group or a state has been added since
     _consolidated = False  # whether the state has been, since the last step
 
     def __init__(self, params, lr: float = 0.0375, update: str = RESULT_17, process_group=None):
@@ -1182,7 +1186,7 @@ class Aurora(torch.optim.Optimizer):
         except ValueError:
             del self.param_groups[-1]
             raise
-        self._compared = False
+        self._new = True
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -1272,20 +1276,29 @@ class Aurora(torch.optim.Optimizer):
         flags = [(p.grad is not None, p.grad is None and owner == rank,
                   p.grad is not None and p.grad.layout != torch.strided) for p, owner in owners.items()]
         if world > 1:
-            if not self._compared:
+            # of as many parameters as all ranks know of: where one has others by now, the first number says so
+            new = self._new or len(owners) != self._compared
+            some_new, sums = self._sums(new, [(0, 0, 0)] * self._compared if new else flags)
+            if some_new:
                 self._compare()
-            if flags:
-                counts = torch.tensor(flags, dtype=torch.int32, device=next(iter(owners)).device)
-                dist.all_reduce(counts, group=self.process_group)
-                flags = counts.tolist()
+                _, sums = self._sums(False, flags)
+            flags = sums
         for (p, owner), (has, lacks, sparse) in zip(owners.items(), flags):
             if sparse:
-                raise ValueError(f"{self._names()[p]} has a sparse gradient, and Aurora takes dense ones: an embedding makes "
-                                 "them with sparse=False")
+                raise ValueError(f"{self._names()[p]} has a sparse gradient, and Aurora takes dense ones: an embedding "
+                                 "makes them with sparse=False")
             if has and lacks:
-                raise ValueError(f"{self._names()[p]} has a gradient on another rank and none on rank {owner}, which owns it: "
-                                 "all-reduce gradients before the step, with zeros where a rank has none")
+                raise ValueError(f"{self._names()[p]} has a gradient on another rank and none on rank {owner}, which "
+                                 "owns it: all-reduce gradients before the step, with zeros where a rank has none")
         return {p for p, (has, _, _) in zip(owners, flags) if has}
+
+    def _sums(self, new: bool, flags: list[tuple]) -> tuple[int, list[list[int]]]:
+        """A collective: sums over the ranks, of whether one has something new and of the flags of each parameter."""
+        device = next((p.device for group in self.param_groups for p in group["params"]), None)
+        counts = torch.tensor([(new, 0, 0), *flags], dtype=torch.int32, device=device)
+        dist.all_reduce(counts, group=self.process_group)
+        (some_new, _, _), *sums = counts.tolist()
+        return some_new, sums
 
     def _compare(self):
         """A collective: ValueError on all ranks alike where they do not begin with the same parameters."""
@@ -1305,7 +1318,7 @@ class Aurora(torch.optim.Optimizer):
                         raise ValueError(f"{name} has other {what} on rank {rank} than on rank 0{values}: give all "
                                          "ranks rank 0's before the first step, or Aurora a process_group of the ranks "
                                          "that share their weights (its docstring says how)")
-        self._compared = True
+        self._compared, self._new = len(seen), False
 
     # State
 
@@ -1383,7 +1396,7 @@ class Aurora(torch.optim.Optimizer):
             kept = {name: x.to(p.device, copy=True) if isinstance(x, Tensor) else x
                     for name, x in state.items() if name != "step" and p in mine}
             self.state[p] = kept | dict(step=int(state["step"]))
-        self._compared = self._consolidated = False
+        self._new, self._consolidated = True, False
 
 
 def stacks(params) -> list[list]:

@@ -185,13 +185,15 @@ def read_state(folder: Path) -> dict:
 
 
 class Signals:
-    """What signals have requested of this process. Where they are not heeded, SIGUSR1 is ignored, and the handlers of
-    those that stop stay as they were."""
+    """What signals have requested of this process. Where they are not heeded, SIGUSR1 is ignored, Ctrl-C is Python's
+    KeyboardInterrupt, and the others that stop do what they did."""
 
     def __init__(self, heeded: bool):
         self.heeded, self.request = heeded, 0
         if not heeded:
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as train_gpt.py begins
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             return
         asks = SIGNALS | ({signal.SIGHUP: SAVE} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else {})
         for number in asks:

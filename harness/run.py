@@ -6,6 +6,7 @@ import importlib.util
 import math
 import os
 import signal
+import socket
 import sys
 import time
 import uuid
@@ -19,7 +20,7 @@ from harness.arguments import Experiment, complain, departures, overridden, pars
 from harness.checkpoint import Signals, Writer, folder_of, read_state
 from harness.heartbeat import Heartbeat
 from harness.log import SEPARATOR, RunLog, facts, finished_seeds, log_files, mirror_to_wandb, moved
-from harness.log import source_of_run, source_sha256
+from harness.log import say, source_of_run, source_sha256
 from harness.ranks import Place, check_place, join, micro_batch_size
 from harness.shards import find_shards, fineweb_shards
 from harness.trial import Trial
@@ -53,7 +54,8 @@ def recall(experiment: Experiment, args: argparse.Namespace) -> Start:
     folder = folder_of(named[0])
     state = read_state(folder)
     words = [f"{name}={value}" for name, value in state["hyperparameters"].items()]
-    same = state["hyperparameters"].keys() == vars(experiment.hyperparameters()).keys()  # else its words are unknown here
+    # where the names are others, its words are unknown here
+    same = state["hyperparameters"].keys() == vars(experiment.hyperparameters()).keys()
     before = overridden(experiment, words) if same else None
     if not same or state["source_sha256"] != source_sha256(source_of_run(experiment.script, before)):
         raise ValueError(f"{folder} is of another version of this program: check out the commit that its log names")
@@ -143,7 +145,7 @@ class Run:
                 self.state = None
         self.writer.wait()
         if self.place.rank == 0:
-            print(f"log: {self.log.text.name}")
+            say(f"log: {self.log.text.name}")
 
     def resumed(self) -> str:
         """The line where a run goes on, with what is another than its log's head tells."""
@@ -198,9 +200,9 @@ class Run:
 def launch(experiment: Experiment, argv: list[str]):
     """A command line, from its words to the exit code."""
     args = parse(argv, experiment.description)
-    end_with_launcher()
     try:
         rank, local_rank, world = standing()
+        end_with_launcher()
         start = recall(experiment, args)
         if args.fineweb_shards:
             print(fineweb_shards(start.hp))
@@ -242,9 +244,20 @@ def standing() -> tuple[int, int, int]:
 
 
 def end_with_launcher():
-    """Ask Linux for a SIGTERM when torchrun is gone, whatever ended it: a worker that stays holds its GPU."""
+    """Ask Linux for a SIGTERM when torchrun is gone, whatever ended it: a worker that stays holds its GPU. ValueError
+    where it is gone already: it kept the store at which the ranks meet, and they would wait half an hour for it."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and "MASTER_ADDR" in os.environ:
+        address = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "0"))
+        try:
+            with socket.create_connection(address, timeout=10):
+                pass
+        except ConnectionRefusedError:
+            raise ValueError(f"torchrun is gone: nobody answers at {address[0]}:{address[1]}, where it keeps the store "
+                             "of this job; by hand, unset TORCHELASTIC_USE_AGENT_STORE") from None
+        except OSError:
+            pass  # joining tells
 
 
 def checked(hp, local_rank: int, world: int) -> tuple[dict[str, int], dict[str, int]]:

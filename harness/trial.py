@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from harness.arguments import complain
 from harness.checkpoint import STOP
-from harness.log import log_files
+from harness.log import log_files, say
 from harness.neurons import owned_neurons, record_neurons
 from harness.ranks import Place
 
@@ -154,7 +154,7 @@ class Trial:
         self.log.line(line)
         self.log.record(seed=self.seed, step=step, **losses, train_time=seconds)
         if self.place.rank == 0:
-            self.bar.write(line)
+            say(line, self.bar.write)
         beside = against_reference(step, losses[self.hp.metric], self.run.result, self.reference)
         self.bar.set_description_str(f"seed {self.seed}" + beside)
         if step == 0:

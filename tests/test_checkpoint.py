@@ -366,7 +366,8 @@ def test_a_checkpoint_is_of_its_moment(quick, tmp_path, monkeypatch):
 def test_killed_at_any_moment(tmp_path):
     """Kills: as above, with two ranks under torchrun's agent, at five moments, some of them within the writing of a
     checkpoint. `python -m tests.drills.kill` does it fifty times."""
-    code = "import sys; from pathlib import Path; from tests.drills import kill; print(kill.kills(Path(sys.argv[1]), 5))"
+    code = ("import sys; from pathlib import Path; from tests.drills import kill; "
+            "print(kill.kills(Path(sys.argv[1]), 5))")
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, text=True, capture_output=True,
                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, timeout=300)
     assert re.fullmatch(r"\(5, [1-5]\)\n", run.stdout), run.stdout + run.stderr

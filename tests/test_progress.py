@@ -169,7 +169,8 @@ needs_wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reas
 @needs_wandb
 def test_wandb_without_a_key(small, tmp_path):
     """Kills: a traceback; a log that holds a head alone."""
-    run = start([*small, "--wandb", "online"], tmp_path, HOME=str(tmp_path), WANDB_API_KEY="", NETRC=str(tmp_path / "none"))
+    run = start([*small, "--wandb", "online"], tmp_path, HOME=str(tmp_path), WANDB_API_KEY="",
+                NETRC=str(tmp_path / "none"))
     assert run.returncode == 1
     assert run.stderr.startswith("train_gpt.py: rank 0: --wandb online: No API key configured")
     assert run.stderr.count("\n") == 1 and not list(tmp_path.glob("logs/*.txt"))

@@ -171,7 +171,8 @@ def test_rules_are_aligned_by_stages():
     assert side_by_side([("a(1)", "a(2)"), ("b", None), (None, "c"), ("d", "d")]) == [
         "  a(1)  !  a(2)", "  b     <", "        >  c", "  d        d"]
     assert max(map(len, side_by_side([("a" * 99, "b" * 55), ("c", "c")]))) < 120
-    for text in ("", "a |", "a(", "(" * 300, "-" * 900 + "1"):
+    assert align("a", "") == [("a", None)]
+    for text in ("a |", "a(", "(" * 300, "-" * 900 + "1"):
         with pytest.raises(ValueError, match="is no update rule"):
             align("a", text)
 
@@ -357,7 +358,8 @@ def test_lint_of_what_reads_shards(against, tmp_path, monkeypatch, capsys):
     source = flatten(ROOT / "train_gpt.py", ROOT)
     Path("base.py").write_text(source)
     for old, new, outcome in (("", "", "unchanged"), ("len(tokens) - 2", "len(tokens) - 3", "changed"),
-                              ("place.rank * part", "place.rank", "changed"), ("offset=1024", "offset=1026", "changed")):
+                              ("place.rank * part", "place.rank", "changed"),
+                              ("offset=1024", "offset=1026", "changed")):
         Path("a.py").write_text(source.replace(old, new))
         checks = json.loads(run(capsys, "lint", "a.py", *against, "--json")[1])["checks"]
         assert {check["what"]: check["outcome"] for check in checks[:2]} == {"data": outcome, "model": "unchanged"}
