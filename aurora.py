@@ -896,9 +896,14 @@ def advance_(rule: Rule, W: Tensor, G: Tensor, state: dict[str, Tensor], knobs: 
         made = made if isinstance(made, tuple) else (made,)
         assert len(made) == len(stage.makes) + len(kept), f"{stage.name} returns {len(made)} values"
         flow |= dict(zip(stage.makes, made))
-        for x, value in zip(kept.values(), made[len(stage.makes):]):
-            x.copy_(value)
+        overwrite(kept.values(), made[len(stage.makes):])
     W.copy_(flow["W"])
+
+
+def overwrite(kept, values):
+    """In a function of its own, whose variables hold no tensor while the next stages run."""
+    for x, value in zip(kept, values):
+        x.copy_(value)
 
 
 COMPILED = {"realize_reads_threshold": 1}  # has Inductor store N: else each reader of N computes it anew
