@@ -7,7 +7,7 @@ An update rule is one line of text. This is result #17's:
 A stage is a pure function of what flows from stage to stage, by the names in its signature:
 
     G gradient    W weight    W0 weight before the step    U update so far (G at first)    N what U was made of
-    M momentum    lr rate     t number of this step, from 1
+    M momentum    lr rate     t number of this step, from 1    L, R bases of rows and columns
 
 It makes U, unless its decorator says otherwise, and returns that and then the state that the decorator declares. What
 is left of its signature are its knobs: numbers; schedules of the step such as ramp(0.85, 0.95, 0, 300); or, where it
@@ -16,6 +16,7 @@ differs within a stack, names(0.6, embed=0): 0.6, and 0 where the parameter's na
     ramp(before, after, start, stop)      from one value to another, linear between two steps
     between(value, start, stop)           the value from one step up to another, else 0
     power(value, steps, last, exponent)   value, and over the `last` of `steps` steps times (steps left / last)^exponent
+    at_least(value, least)                value, or `least` where that is more
 
     nesterov(mu)                    M <- mu M + (1 - mu) G;  U = N = (1 - mu) G + mu M
     bimaxwell(mu, fast, slow, share) nesterov with the mean of two M's, one forgetting faster: pull request 339
@@ -28,6 +29,7 @@ differs within a stack, names(0.6, embed=0): 0.6, and 0 where the parameter's na
     schatten4_polar                 the record's table, of an input of Schatten-4 norm 1: results #30 to #46
     soap(beta2, beta, every)        U = N <- U over a running root mean square in the eigenbases of the gradients: #44
     trust_gate(floor, cap, share)   U = N <- between the momentum and U, as far as the two and the gradient agree: #44
+    anneal(ratio, exponent, forget) U <- U, less of it where soap's bases show large gradients, of the same length
     contra(strength)                U <- U - strength/2 N/||N||_2, of the same length
     normuon(beta2)                  U <- its rows over a running mean of their squares, of the same length
     normuon_lite(beta2)             the same along the longer side: results #9 to #11
@@ -146,8 +148,9 @@ def polar(G: Tensor, coefficients=SIMPLE_QUINTIC_12, dtype=torch.bfloat16, norm=
 
     Newton-Schulz moves each singular value s to p(...p(s / norm(G))). Those above 1e-3 norm(G) end within 5e-6 of 1
     with the record's table, 1e-14 with POLAR_EXPRESS_8 or CANS_12, .53 with QUINTIC_5, in exact arithmetic; smaller
-    ones fall short of 1. Above 1e19 fp32 has no norm: 0 again. bf16 adds up to 7e-3 where G is well-conditioned; where it is not, rounding noise grows as
-    small singular values do, so that an exactly low-rank G gets more rank than it had.
+    ones fall short of 1. Above 1e19 fp32 has no norm: 0 again. bf16 adds up to 7e-3 where G is well-conditioned; where
+    it is not, rounding noise grows as small singular values do, so that an exactly low-rank G gets more rank than it
+    had.
     """
     X = G.to(dtype)
     tall = X.size(-2) > X.size(-1)
@@ -293,7 +296,7 @@ def balanced_tangent(U: Tensor, G: Tensor) -> Tensor:
 #                Stages                #
 ########################################
 
-FLOW = ("G", "W", "W0", "U", "N", "M", "lr", "t")
+FLOW = ("G", "W", "W0", "U", "N", "M", "L", "R", "lr", "t")
 
 
 class BelowOne(float):
@@ -537,23 +540,23 @@ def next_bases(row_covariance, row_basis, column_covariance, column_basis, secon
                 second_moment=second_moment.take_along_dim(orders[1].unsqueeze(-2), dim=-1))
 
 
-@stage(makes=("U", "N"), after=next_bases, row_covariance=row_pairs, row_basis=row_pairs,
+@stage(makes=("U", "N", "L", "R"), after=next_bases, row_covariance=row_pairs, row_basis=row_pairs,
        column_covariance=column_pairs, column_basis=column_pairs, second_moment=whole)
 def soap(U: Tensor, G: Tensor, row_covariance: Tensor, row_basis: Tensor, column_covariance: Tensor,
          column_basis: Tensor, second_moment: Tensor, beta2: BelowOne = 0.9, beta: BelowOne = 0.9, every: int = 1):
     """SOAP (arXiv 2409.11321) as results #44 to #46 of track 3 have it, before a polar factor.
 
-    In the bases L, R of the last step, Y = L^T U R,  v <- beta2 v + (1 - beta2) Y^2,  P = L (Y / sqrt(v)) R^T, which gets
-    U's Schatten-4 norm. Then the covariances take in the gradient, C <- beta C + (1 - beta) G G^T, of columns G^T G.
-    The second moment is of the momentum, not of the gradient, and nothing is corrected for its start at zero. The bases
-    follow the covariances every so many steps.
+    In the bases L, R of the last step, Y = L^T U R,  v <- beta2 v + (1 - beta2) Y^2,  P = L (Y / sqrt(v)) R^T, which
+    gets U's Schatten-4 norm. Then the covariances take in the gradient, C <- beta C + (1 - beta) G G^T, of columns
+    G^T G. The second moment is of the momentum, not of the gradient, and nothing is corrected for its start at zero.
+    The bases follow the covariances every so many steps.
     """
     L, R = started(row_basis), started(column_basis)
     Y = L.mT @ U @ R
     second_moment = beta2 * second_moment + (1 - beta2) * Y.square()
     P = L @ (Y / second_moment.clamp(min=1e-16).sqrt()) @ R.mT
     P = P * schatten4(U).clamp(min=1e-8) / schatten4(P).clamp(min=1e-8)
-    return (P, P, beta * row_covariance + (1 - beta) * G @ G.mT, row_basis,
+    return (P, P, L, R, beta * row_covariance + (1 - beta) * G @ G.mT, row_basis,
             beta * column_covariance + (1 - beta) * G.mT @ G, column_basis, second_moment)
 
 
@@ -572,6 +575,27 @@ def trust_gate(U: Tensor, M: Tensor, G: Tensor, floor: float = 0.0, cap: float =
     P = P * schatten4(M).clamp(min=1e-8) / schatten4(P).clamp(min=1e-8)
     U = U + share * (P - U)
     return U, U
+
+
+@stage(row_covariance=row_pairs, column_covariance=column_pairs)
+def anneal(U: Tensor, G: Tensor, L: Tensor, R: Tensor, row_covariance: Tensor, column_covariance: Tensor,
+           ratio: UpToOne, exponent: float = 0.25, forget: BelowOne = 0.01) -> tuple[Tensor, ...]:
+    """Spectral annealing: L (ratio^(exponent x) o L^T U R) R^T of U's length, x_ij: log (L^T A L)_ii + log (R^T B R)_jj
+    less its mean, over its deviation and within [-2, 2]; A and B are running means of G G^T and G^T G that begin with
+    the first step at which ratio is below 1. Where gradients are large, steps shrink before the rate does.
+
+    From the open claim of 2540 steps, github.com/jn2clark/modded-nanogpt: ratio is the rate over its largest.
+    """
+    def averaged(C, new):
+        return torch.where(frobenius(C) == 0, new, (1 - forget) * C + forget * new) * (ratio < 1)
+
+    def log_variances(C, Q):
+        return (Q * (C @ Q)).sum(dim=-2).clamp(min=1e-30).log()
+    A, B = averaged(row_covariance, G @ G.mT), averaged(column_covariance, G.mT @ G)
+    x = log_variances(A, L).unsqueeze(-1) + log_variances(B, R).unsqueeze(-2)
+    x = x - x.mean(dim=(-2, -1), keepdim=True)
+    x = (x / x.std(dim=(-2, -1), keepdim=True).clamp(min=1e-6)).clamp(-2, 2)
+    return of_length(frobenius(U), L @ (L.mT @ U @ R * ratio ** (exponent * x)) @ R.mT), A, B
 
 
 @stage()
@@ -621,7 +645,7 @@ def cautious_decay(W: Tensor, W0: Tensor, U: Tensor, lr, rate: float) -> Tensor:
 
 @stage(makes=("W",))
 def hyperball(W: Tensor, U: Tensor, lr) -> Tensor:
-    """W - lr r U / ||U||_F, brought back to the length r = ||W||_F: MuonH, github.com/KellerJordan/modded-nanogpt, #5."""
+    """W - lr r U / ||U||_F, brought back to the length r = ||W||_F: MuonH, result #5 of track 3."""
     length = frobenius(W)
     moved = W - lr * length * U / frobenius(U).clamp(min=1e-10)
     return moved * length / frobenius(moved).clamp(min=1e-10)
@@ -660,7 +684,9 @@ def lookahead(W: Tensor, W0: Tensor, point: Tensor, drift: Tensor, t, size: floa
     """W + size b: the next gradient is taken, and the next step made, ahead of W, where b is a running mean of W's
     movement, b <- (1 - forget) b + forget (W - W before). Validation sees W itself.
 
-    EMA-Nesterov, results #39 and #40. A constant drift d becomes d / (1 - size); what oscillates is left alone.
+    EMA-Nesterov, results #39 and #40. A constant drift d becomes d / (1 - size); what oscillates is left alone. Step t
+    ends with the move, whose size is the knob's after t - 1 steps: #46, which moves before the gradients of the steps
+    that have 300 to 1949 before them, is between(..., 299, 1949).
     """
     before = torch.where(torch.as_tensor(t) == 1, W0, point)
     drift = (1 - forget) * drift + forget * (W - before)
@@ -708,8 +734,13 @@ def power(step: int, value, steps: int, last: float, exponent: float) -> float:
     return value * min(1.0, max(0, steps - step) / max(last, 1e-9)) ** exponent
 
 
+def at_least(step: int, value, least) -> float:
+    """`value`, or `least` where that is more."""
+    return max(value, least)
+
+
 # functions of the number of steps done; those arguments without a type are values of the knob, or schedules of it
-SCHEDULES = {function.__name__: function for function in (ramp, between, power)}
+SCHEDULES = {function.__name__: function for function in (ramp, between, power, at_least)}
 
 
 class Schedule(NamedTuple):
@@ -744,9 +775,9 @@ class Rule(NamedTuple):
     @classmethod
     @cache
     def of(cls, text: str) -> "Rule":
-        """Reads a rule, and runs nothing of it. ValueError, in one line, names what is wrong and the nearest right word."""
+        """Reads a rule, and runs nothing of it. ValueError, a line, names what is wrong and the nearest right word."""
         parts = tuple(read_part(node) for node in chain(text))
-        names, made = [part.stage.name for part in parts], set(FLOW) - {"N", "M"}
+        names, made = [part.stage.name for part in parts], set(FLOW) - {"N", "M", "L", "R"}
         for i, (stage, _) in enumerate(parts):
             if stage.name in names[:i]:
                 raise ValueError(f"{stage.name} stands twice in {text!r}: once is enough")
@@ -755,12 +786,15 @@ class Rule(NamedTuple):
                 raise ValueError(f"{adam} moves the weight by itself: it stands first, and averages and lookahead alone "
                                  "may follow")
             if missing := set(stage.takes) - made:
-                raise ValueError(f"{stage.name} needs {min(missing)}, which no stage before it makes: nesterov does")
+                maker = next(other.name for other in STAGES.values() if min(missing) in other.makes)
+                raise ValueError(f"{stage.name} needs {min(missing)}, which no stage before it makes: {maker} does")
             moved = [other.name for other, _ in parts[:i] if other.moves]
             if moved and "U" in stage.makes:
                 raise ValueError(f"{stage.name} stands after {moved[0]}, where its update is of no use: put it before")
-            if "W0" in stage.takes and not moved:
+            if ("W0" in stage.takes or stage.views) and not moved:
                 raise ValueError(f"{stage.name} looks back at the step: put it after step")
+            if ahead := [other.name for other, _ in parts[:i] if other.views and "W" in other.makes]:
+                raise ValueError(f"{stage.name} stands after {ahead[0]}, which goes beyond the weight: put it before")
             made |= set(stage.makes)
         if not any(stage.moves for stage, _ in parts):
             raise ValueError(f"{text!r} does not move the weight: end it with | step")
@@ -1013,7 +1047,8 @@ def with_knob(text: str, name: str, knob: str, value: str) -> str:
     calls = [read_call(node, STAGES, "stage") for node in nodes]
     index = [called for called, _ in calls].index(name)
     names = list(STAGES[name].knobs)
-    bound = bind(name, name, calls[index][1], names, []) | bind(f"{name}.{knob}={value}", name, [(knob, new)], names, [])
+    bound = (bind(name, name, calls[index][1], names, [])
+             | bind(f"{name}.{knob}={value}", name, [(knob, new)], names, []))
     in_order = [x for x in names if x in bound]
     positional = in_order if in_order == names[:len(in_order)] else []
     nodes[index] = ast.Call(ast.Name(name), [bound[x] for x in positional],
@@ -1093,8 +1128,8 @@ class Aurora(torch.optim.Optimizer):
     >>> loss.item() < 0.1
     True
 
-    `update` is a rule of the language at the head of this file, checked when the group is added; groups may have rules of
-    their own. A convolution's filters can share their memory with a matrix that is optimized in their place: m =
+    `update` is a rule of the language at the head of this file, checked when the group is added; groups may have rules
+    of their own. A convolution's filters can share their memory with a matrix that is optimized in their place: m =
     torch.nn.Parameter(conv.weight.detach().flatten(1)), and before each step m.grad = conv.weight.grad.flatten(1).
 
     Needs the sum, or the mean, of the ranks' gradients: all-reduce them, as DistributedDataParallel does. Parameters of
@@ -1104,9 +1139,10 @@ class Aurora(torch.optim.Optimizer):
     differently for another size of stack. On a GPU the first step compiles, for each shape of a stack. Gradients are
     not changed.
 
-    Where there are several ranks, step() is a collective. The first one compares their weights, and each one which
-    parameters have a gradient; what does not fit is a ValueError on all of them. Ranks that have weights of their own
-    say so: process_group=dist.new_group([dist.get_rank()], use_local_synchronization=True).
+    Where there are several ranks, step() is a collective. The first one compares their weights, as does the next one
+    after any of them has added a group or loaded a state, and each one which parameters have a gradient; what does not
+    fit is a ValueError on all of them. Ranks that have weights of their own say so:
+    process_group=dist.new_group([dist.get_rank()], use_local_synchronization=True).
 
     state_dict() is none: it returns at once on any rank. Before, all ranks call consolidate_state_dict(), which gathers
     the state on rank 0 (or `to` another, or on all: to=None) up to the next step; without it, a rank that lacks a part
@@ -1121,7 +1157,8 @@ class Aurora(torch.optim.Optimizer):
     """
 
     process_group = None
-    _compared = False  # whether the ranks were, since a group or a state was added
+    _compared = 0  # how many parameters the ranks had when they were last found to begin with the same
+    _new = True  # whether a group or a state has been added since
     _consolidated = False  # whether the state has been, since the last step
 
     def __init__(self, params, lr: float = 0.0375, update: str = RESULT_17, process_group=None):
@@ -1148,7 +1185,7 @@ class Aurora(torch.optim.Optimizer):
         except ValueError:
             del self.param_groups[-1]
             raise
-        self._compared = False
+        self._new = True
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -1238,20 +1275,29 @@ class Aurora(torch.optim.Optimizer):
         flags = [(p.grad is not None, p.grad is None and owner == rank,
                   p.grad is not None and p.grad.layout != torch.strided) for p, owner in owners.items()]
         if world > 1:
-            if not self._compared:
+            # of as many parameters as all ranks know of: where one has others by now, the first number says so
+            new = self._new or len(owners) != self._compared
+            some_new, sums = self._sums(new, [(0, 0, 0)] * self._compared if new else flags)
+            if some_new:
                 self._compare()
-            if flags:
-                counts = torch.tensor(flags, dtype=torch.int32, device=next(iter(owners)).device)
-                dist.all_reduce(counts, group=self.process_group)
-                flags = counts.tolist()
+                _, sums = self._sums(False, flags)
+            flags = sums
         for (p, owner), (has, lacks, sparse) in zip(owners.items(), flags):
             if sparse:
-                raise ValueError(f"{self._names()[p]} has a sparse gradient, and Aurora takes dense ones: an embedding makes "
-                                 "them with sparse=False")
+                raise ValueError(f"{self._names()[p]} has a sparse gradient, and Aurora takes dense ones: an embedding "
+                                 "makes them with sparse=False")
             if has and lacks:
-                raise ValueError(f"{self._names()[p]} has a gradient on another rank and none on rank {owner}, which owns it: "
-                                 "all-reduce gradients before the step, with zeros where a rank has none")
+                raise ValueError(f"{self._names()[p]} has a gradient on another rank and none on rank {owner}, which "
+                                 "owns it: all-reduce gradients before the step, with zeros where a rank has none")
         return {p for p, (has, _, _) in zip(owners, flags) if has}
+
+    def _sums(self, new: bool, flags: list[tuple]) -> tuple[int, list[list[int]]]:
+        """A collective: sums over the ranks, of whether one has something new and of the flags of each parameter."""
+        device = next((p.device for group in self.param_groups for p in group["params"]), None)
+        counts = torch.tensor([(new, 0, 0), *flags], dtype=torch.int32, device=device)
+        dist.all_reduce(counts, group=self.process_group)
+        (some_new, _, _), *sums = counts.tolist()
+        return some_new, sums
 
     def _compare(self):
         """A collective: ValueError on all ranks alike where they do not begin with the same parameters."""
@@ -1271,7 +1317,7 @@ class Aurora(torch.optim.Optimizer):
                         raise ValueError(f"{name} has other {what} on rank {rank} than on rank 0{values}: give all "
                                          "ranks rank 0's before the first step, or Aurora a process_group of the ranks "
                                          "that share their weights (its docstring says how)")
-        self._compared = True
+        self._compared, self._new = len(seen), False
 
     # State
 
@@ -1349,7 +1395,7 @@ class Aurora(torch.optim.Optimizer):
             kept = {name: x.to(p.device, copy=True) if isinstance(x, Tensor) else x
                     for name, x in state.items() if name != "step" and p in mine}
             self.state[p] = kept | dict(step=int(state["step"]))
-        self._compared = self._consolidated = False
+        self._new, self._consolidated = True, False
 
 
 def stacks(params) -> list[list]:

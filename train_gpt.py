@@ -12,11 +12,17 @@ aurora.py; what any run needs, whatever it trains, is in harness/.
 """
 
 import math
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from pathlib import Path
+
+if __name__ == "__main__":  # while PyTorch is imported there is nothing to save, and Ctrl-C ends without a traceback
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -135,7 +141,8 @@ class Hyperparameters:
     @property
     def metrics(self) -> list[str]:
         """The losses that a validation has: another one where a rule keeps an average."""
-        averages = any("average" in stage.state for stage, _ in self.rule("matrix_update").parts)
+        averages = any("val_ema_loss" in stage.views and "val_loss" not in stage.views
+                       for stage, _ in self.rule("matrix_update").parts)
         return ["val_loss"] + ["val_ema_loss"] * averages
 
 

@@ -38,8 +38,8 @@ def cut(folder, _):
     os.truncate(folder / "train_1.bin", 1024 + 2 * 1950)
 
 
-def environment(name, value):
-    return lambda _, monkeypatch: monkeypatch.setenv(name, value)
+def environment(**variables):
+    return lambda _, monkeypatch: [monkeypatch.setenv(name, value) for name, value in variables.items()]
 
 
 class Code:
@@ -110,20 +110,23 @@ FAULTS = [  # what is typed, what is planted, the line that a person reads
     (["--seed", str(2**63)], nothing,
      "--seed 9223372036854775808 --trials 1: seeds are 0 to 2^63 - 1, trials at least 1"),
     (["--checkpoint-every", "-1"], nothing, "--checkpoint-every -1: a number of steps, or 0 for never"),
-    ([], environment("WORLD_SIZE", "2"), "WORLD_SIZE=2 but no MASTER_ADDR: start the processes with torchrun"),
-    ([], environment("WORLD_SIZE", "abc"),
+    ([], environment(WORLD_SIZE="2"), "WORLD_SIZE=2 but no MASTER_ADDR: start the processes with torchrun"),
+    ([], environment(WORLD_SIZE="abc"),
      "WORLD_SIZE=abc in the environment: torchrun sets it to a number of at least 1; unset WORLD_SIZE"),
-    ([], environment("WORLD_SIZE", "0"),
+    ([], environment(WORLD_SIZE="0"),
      "WORLD_SIZE=0 in the environment: torchrun sets it to a number of at least 1; unset WORLD_SIZE"),
-    ([], environment("MASTER_PORT", "99999"),
+    ([], environment(MASTER_PORT="99999"),
      "MASTER_PORT=99999 in the environment: torchrun sets it to a number of at least 0 and at most 65535; unset "
      "MASTER_PORT"),
-    ([], environment("RANK", "3"), "RANK=3 with WORLD_SIZE=1 in the environment: torchrun sets both; unset RANK"),
-    ([], environment("LOCAL_RANK", "1"),
+    ([], environment(RANK="3"), "RANK=3 with WORLD_SIZE=1 in the environment: torchrun sets both; unset RANK"),
+    ([], environment(LOCAL_RANK="1"),
      "LOCAL_RANK=1 with RANK=0 in the environment: torchrun sets both; unset LOCAL_RANK"),
-    (["matrix_ir=1"], environment("LOCAL_RANK", "1"),
+    ([], environment(TORCHELASTIC_USE_AGENT_STORE="True", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"),
+     "torchrun is gone: nobody answers at 127.0.0.1:1, where it keeps the store of this job; by hand, unset "
+     "TORCHELASTIC_USE_AGENT_STORE"),
+    (["matrix_ir=1"], environment(LOCAL_RANK="1"),
      "LOCAL_RANK=1 with RANK=0 in the environment: torchrun sets both; unset LOCAL_RANK"),
-    ([], environment("WORLD_SIZE", "3"),
+    ([], environment(WORLD_SIZE="3"),
      "batch_tokens=128 is 8 sequences, which 3 processes cannot share equally: start 2, or change batch_tokens"),
     ([SHARD], nothing,
      "no file {here}/train_*.bin: python data/cached_fineweb10B.py downloads FineWeb, python "
@@ -166,8 +169,8 @@ FAULTS = [  # what is typed, what is planted, the line that a person reads
      "--fork-from: batch_tokens is 128 in logs/run.checkpoint and cannot change"),
     ([*FORK, "matrix_update=adamw"], checkpoint(),
      "--fork-from: matrix_update is 'nesterov(0.95) | aurora(2, 0.5) | contra(0.4) | aspect | floor(0.35) | step' in "
-     "logs/run.checkpoint: to or from adamw it cannot change"),
-    ([*FORK, "train_steps=8"], checkpoint(), "--fork-from: train_steps=8, and logs/run.checkpoint is at step 8"),
+     "logs/run.checkpoint, with another state than 'adamw': knobs may change, and stages that keep nothing"),
+    ([*FORK, "train_steps=8"], checkpoint(), "--fork-from: the last step is 8, and logs/run.checkpoint is at step 8"),
     ([], lambda folder, _: (folder / "logs").touch(), "rank 0: [Errno 17] File exists: 'logs'"),
     ([], fails("train_gpt.accumulate_gradients", torch.OutOfMemoryError()),
      "rank 0: the GPU has not enough memory for micro_batch=2; try micro_batch=1"),
@@ -352,6 +355,16 @@ def test_where_the_locale_is_ascii(quick, tmp_path):
     run = start(["@r"], tmp_path, tmp_path / "train_gpt.py", LC_ALL="POSIX", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     assert run.returncode == 0, run.stderr
     assert "# \u00e9" in log_of(tmp_path).read_text(encoding="utf-8")
+
+
+def test_nobody_reads_what_a_run_prints(quick, tmp_path):
+    """Kills: a run that `| head` ends, or a launcher that is gone: with [Errno 32], or at its very end."""
+    run = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py"), *quick], cwd=tmp_path, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    run.stdout.close()
+    assert (run.stderr.read(), run.wait()) == ("", 0)
+    assert read(log_of(tmp_path)).trials[0].complete
 
 
 def test_the_commit_is_of_this_project(tmp_path):

@@ -3,6 +3,7 @@
 import math
 import re
 from collections import namedtuple
+from dataclasses import fields
 from glob import glob
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import ROOT, one_process, start
 import train_gpt
 from aurora import Named, Rule
 from harness.ranks import Place
+from records.recipes import meaning, read_recipe, recipes, rule
 from train_gpt import GPT, Hyperparameters, accumulate_gradients, initial_weights, make_banks, override
 
 # train_steps, the reported step, rule and rate of the matrices, rule of all others, rates of embedding, head and
@@ -65,8 +67,8 @@ STAGES = {
                        "tail_average lookahead",
     "339_bimaxwell": "bimaxwell soap trust_gate schatten4_polar aspect brake row_floor step pin cautious_decay "
                      "tail_average lookahead",
-    "2540_open_claim": "bimaxwell soap trust_gate schatten4_polar aspect brake row_floor step pin cautious_decay "
-                       "anchored_average lookahead"}
+    "2540_open_claim": "bimaxwell soap trust_gate schatten4_polar aspect anneal brake row_floor step pin "
+                       "cautious_decay anchored_average lookahead"}
 SAMPLES = (0, 1, 150, 298, 299, 300, 514, 999, 1000, 1001, 1374, 1375, 1400, 1500, 1624, 1625, 1888, 1889, 1948, 1949,
            2000, 2039, 2099, 2150, 2199, 2499, 2639, 2640, 2690, 2700, 2719, 2750, 2799, 2800, 2839)
 
@@ -153,6 +155,9 @@ def test_a_later_recipe_has_the_rules_of_its_program(name):
         if name == "2540_open_claim":
             size = 0.45 * min(1, max(0, (t + 1 - 2100) / 100))
             assert knob(adam, "anchored_average", "anchor", t) == pytest.approx(size, abs=1e-12)
+            rate = min(0.0375, 3.3169534699576625e-06 * ((2900 if t < 1400 else 2840) - t) ** 1.2)
+            assert knob(matrix, "anneal", "ratio", t) == pytest.approx(max(0.3, rate / 0.0375), rel=1e-9)
+            assert [knob(matrix, "anneal", x, t) for x in ("exponent", "forget")] == [0.25, 0.01]
     for parameter in names if name in AVERAGED else ():
         average = stages[-2]
         share = 0 if "embed" in parameter else 0.6
@@ -235,6 +240,17 @@ def test_tiny_soap_is_result_46_in_600_steps():
             else:
                 assert ours == theirs or (ours, theirs) == ("0.05", "0.01")
     assert (small.init, small.metric, small.train_steps) == (record.init, record.metric, 600)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_desk_reads_what_the_trainer_runs(name):
+    """Kills: a default, a comment or a number that the desk reads otherwise than the trainer does."""
+    read, hp = read_recipe(ROOT / "records" / name / "recipe"), override([f"@{name}"])
+    assert list(read) == [field.name for field in fields(Hyperparameters)]
+    assert {x: meaning(text) for x, text in read.items() if "**" not in text} == {
+        x: meaning(str(value)) for x, value in vars(hp).items() if "**" not in read[x]}  # the desk computes no powers
+    assert rule(name) == hp.matrix_update + (f", of MLPs {hp.mlp_update}" if hp.mlp_update else "")
+    assert name in recipes()
 
 
 @pytest.mark.parametrize("name", OURS)
