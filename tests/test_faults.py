@@ -166,8 +166,8 @@ FAULTS = [  # what is typed, what is planted, the line that a person reads
      "--fork-from: batch_tokens is 128 in logs/run.checkpoint and cannot change"),
     ([*FORK, "matrix_update=adamw"], checkpoint(),
      "--fork-from: matrix_update is 'nesterov(0.95) | aurora(2, 0.5) | contra(0.4) | aspect | floor(0.35) | step' in "
-     "logs/run.checkpoint: to or from adamw it cannot change"),
-    ([*FORK, "train_steps=8"], checkpoint(), "--fork-from: train_steps=8, and logs/run.checkpoint is at step 8"),
+     "logs/run.checkpoint, with another state than 'adamw': knobs may change, and stages that keep nothing"),
+    ([*FORK, "train_steps=8"], checkpoint(), "--fork-from: the last step is 8, and logs/run.checkpoint is at step 8"),
     ([], lambda folder, _: (folder / "logs").touch(), "rank 0: [Errno 17] File exists: 'logs'"),
     ([], fails("train_gpt.accumulate_gradients", torch.OutOfMemoryError()),
      "rank 0: the GPU has not enough memory for micro_batch=2; try micro_batch=1"),

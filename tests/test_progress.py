@@ -97,7 +97,7 @@ def test_a_run_that_plainly_diverges_ends(small, tmp_path, capsys):
     """Kills: hours of GPUs on a run that is worse than its start; its loss lost, or counted as an accident."""
     for name in ("aurora.py", "harness", "kernels"):
         (tmp_path / name).symlink_to(ROOT / name)
-    source, loss = (ROOT / "train_gpt.py").read_text(), "validation_loss(model, *validation, hp))"
+    source, loss = (ROOT / "train_gpt.py").read_text(), "validation_loss(model, *validation, hp)\n"
     assert source.count(loss) == 1
     (tmp_path / "train_gpt.py").write_text(source.replace(loss, f"step / 2 + {loss}"))
     run = start([*small, "train_steps=60", "val_every=2"], tmp_path, tmp_path / "train_gpt.py")
