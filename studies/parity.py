@@ -10,10 +10,11 @@ both. Ours have the seeds 0 to K - 1; a script that takes --seed gets K to 2K - 
 its own each time: all 2K runs are independent. With --pairs it gets 0 to K - 1 too, for a script that draws the weights
 of a seed as train_gpt.py does: the band stays, but the difference is known more exactly, as most noise cancels.
 
-PARITY is accepted where, at each of the J evaluations after step 25, the difference of the two means lies inside the
-band of seed noise, t(1 - .05 / 2J, 2K - 2) s sqrt(2 / K), s the pooled deviation between runs (records/statistics.py).
-By Bonferroni's inequality a faithful script is accepted in at least 95% of cases over its whole curve. What an
-acceptance is worth, the report says with it: the difference that would have been refused in nine cases of ten.
+PARITY is accepted where, at each of the J evaluations after step 25, the difference of the two means of `metric`
+(val_loss, or val_ema_loss) lies inside the band of seed noise, t(1 - .05 / 2J, 2K - 2) s sqrt(2 / K), s the pooled
+deviation between runs (records/statistics.py). By Bonferroni's inequality a faithful script is accepted in at least 95%
+of cases over its whole curve. What an acceptance is worth, the report says with it: the difference that would have been
+refused in nine cases of ten.
 
 Exit code 0 where parity is accepted, 1 where it is refused, 2 where there is nothing to judge.
 """
@@ -314,7 +315,7 @@ def draw(ours: Sample, other: Sample, result: dict) -> Figure:
             if step >= JUDGED_AFTER]
     margin = 0.05 * (max(late) - min(late))
     above.set_ylim(min(late) - margin, max(late) + margin)
-    above.set_ylabel("validation loss, nats a token")
+    above.set_ylabel(f"{ours.metric}, nats a token")
     above.legend()
     steps, band = [row["step"] for row in judged], [row["band"] for row in judged]
     below.fill_between(steps, [-x for x in band], band, color="0.9", label="band of seed noise, 95% over the curve")
@@ -337,7 +338,7 @@ def conditions() -> str:
 
 def curves(sample: Sample) -> list[dict]:
     """Every loss, so that the result can be judged again."""
-    return [{"runs": sample.name, "run": Path(trial.name).parents[1].name, "step": step, "val_loss": loss}
+    return [{"runs": sample.name, "run": Path(trial.name).parents[1].name, "step": step, sample.metric: loss}
             for trial in sample.used for step, loss in trial.losses.items()]
 
 
@@ -386,7 +387,7 @@ def main(words: list[str]) -> int:
         tokens = lay_out(hp, folder / "data")
         print(tokens, flush=True)
         train_both(args, hp, folder)
-        samples = [gather([str(folder / name)]) for name in ("ours", "other")]
+        samples = [gather([str(folder / name)], metric=hp.metric) for name in ("ours", "other")]
         for sample, name in zip(samples, ("train_gpt.py", args.script.name)):
             sample.name = name
         result = judge(*samples, args.pairs)

@@ -175,6 +175,28 @@ def test_pairs_share_seeds(tmp_path, monkeypatch):
     assert parity.main(["--script", str(script), "--pairs"]) == 2
 
 
+def test_the_metric_is_that_of_the_recipe(tmp_path, monkeypatch, capsys):
+    """Kills: val_loss judged, or its name written, where the recipe claims val_ema_loss."""
+    def train_both(args, hp, folder):
+        for name, average in (("ours", 3.0), ("other", 3.5)):
+            for k in range(2):
+                logs = folder / name / str(k) / "logs"
+                logs.mkdir(parents=True, exist_ok=True)
+                (logs.parent / "peak_memory").write_text("1")
+                losses = f"val_loss:{4 + k / 100} val_ema_loss:{average + k / 100}"
+                lines = [f"step:{step}/60 {losses} train_time:{step}s x:0" for step in (0, 20, 40, 60)]
+                (logs / "log.txt").write_text("\n".join(["x = 1", "=" * 100, "=" * 100, *lines]))
+
+    script = tmp_path / "other.py"
+    script.write_text(SCRIPT)
+    monkeypatch.setattr(parity, "train_both", train_both)
+    monkeypatch.setattr(parity, "lay_out", lambda hp, folder: "")
+    words = ["--script", str(script), "--steps", "60", "--runs", str(tmp_path), "-o", str(tmp_path), "val_every=20",
+             "final_update=tail_average(1, 2, 0.5)"]
+    assert [parity.main([*words, *more]) for more in ([], ["metric=val_ema_loss"])] == [0, 1], capsys.readouterr().err
+    assert (tmp_path / "parity.csv").read_text().startswith("runs,run,step,val_ema_loss\ntrain_gpt.py,0,0,3\n")
+
+
 def test_each_planted_difference_is_one():
     """Kills: a difference that is planted nowhere, in two places, or that breaks the script, which would pass for one
     that is refused; two names for one difference."""
