@@ -8,7 +8,7 @@ process. NAME=VALUE overrides a field of Hyperparameters below; @tiny takes the 
 Published: mean 3.278845 at step 3175, n=20, 8xH100, 157 ms a step. Descends from
 github.com/KellerJordan/modded-nanogpt, records/track_3_optimization/results/20260505_aurora.
 Read downwards: hyperparameters, data, model, banks of parameters, initial weights and rates, training. The optimizer is
-aurora.py; what any run needs, whatever it trains, is in harness/.
+aurora.py, whose language is rules.py; what any run needs, whatever it trains, is in harness/.
 """
 
 import math
@@ -30,7 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aurora import Rule, Shares, UpToOne, parse_expression, power, read_schedule
+from aurora import Shares
 from harness.arguments import Experiment, overridden
 from harness.ranks import Place, micro_batch_size
 from harness.run import launch
@@ -41,6 +41,7 @@ from kernels.cross_entropy import head_loss
 from kernels.mlp import relu2_mlp
 from kernels.norm import prenorm
 from kernels.qkv import qkv_heads
+from rules import Rule, UpToOne, parse_expression, power, read_schedule
 
 
 ########################################
@@ -64,7 +65,7 @@ class Hyperparameters:
     head_dim: int = 128
     mlp_expansion: float = 4.0  # neurons of an MLP, in model_dim
     activation: str = "relu2"  # or "swiglu", whose gate is a third matrix of the MLP
-    # update rules, in the language at the head of aurora.py; STAGE.KNOB=VALUE on the command line changes one number
+    # update rules, in the language of rules.py; STAGE.KNOB=VALUE on the command line changes one number
     matrix_update: str = "nesterov(0.95) | aurora(2, 0.5) | contra(0.4) | aspect | floor(0.35) | step"
     mlp_update: str = ""  # of the MLPs' matrices, where it is another
     matrix_lr: float = 0.0375  # the matrices of the blocks

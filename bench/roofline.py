@@ -25,11 +25,11 @@ from typing import NamedTuple
 import torch
 
 import train_gpt
-from aurora import Rule
 from bench import parse, run
 from bench.baseline import separate
 from harness.ranks import Place, micro_batch_size
 from results import markdown, publish
+from rules import Rule
 
 NODE = 8  # GPUs that NVLink connects
 

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
-from aurora import nearest, stages_of, with_knob
+from rules import nearest, stages_of, with_knob
 
 
 class Experiment(NamedTuple):

@@ -385,7 +385,7 @@ def passing(bank) -> int:
     stage: a compiled program takes no more. Meta tensors have sizes, and no content."""
     import weakref
     import torch
-    from aurora import advance_
+    from rules import advance_
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 

@@ -16,9 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import aurora
-from aurora import Aurora, Rule, advance_
+import rules
+from aurora import Aurora
 from harness.ranks import Place
+from rules import Rule, advance_
 from train_gpt import GPT, Replayed, fill, initial_weights, learning_rate_factor, make_banks, override, show, update
 
 CPU = torch.device("cpu")
@@ -338,7 +339,7 @@ def test_an_update_can_be_in_a_cuda_graph(rule, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: torch.cuda.Stream(0))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch, "_fused_adamw_", fused_adamw)  # it has no fake
-    monkeypatch.setattr(aurora, "compiled_rule", lambda text: partial(advance_, Rule.of(text)))
+    monkeypatch.setattr(rules, "compiled_rule", lambda text: partial(advance_, Rule.of(text)))
     with FakeTensorMode(), Unguarded():
         model = GPT(hp)
         for module in model.modules():

@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import aurora
+import rules
 import train_gpt
-from aurora import Rule
 from bench import roofline
 from kernels.cross_entropy import head_loss_reference
+from rules import Rule
 
 RECORD = train_gpt.Hyperparameters()
 SOAP = ("nesterov(0.95) | soap(0.9, 0.9) | schatten4_polar | aspect | brake(0.5) | row_floor(0.3825) | step | pin"
@@ -172,7 +173,7 @@ def test_work_in_fp32_is_what_runs(text, shape):
     rule, W = Rule.of(text), torch.empty(3, *shape, device="meta")
     state = rule.state(W)
     with Fp32() as first:
-        aurora.advance_(rule, W, torch.empty_like(W), state, dict(lr=0.1, t=1))
+        rules.advance_(rule, W, torch.empty_like(W), state, dict(lr=0.1, t=1))
     with Fp32() as second:
         rule.after_(state, 1)
     for form in ("published", "fused"):
@@ -189,9 +190,9 @@ def test_work_in_fp32_is_what_runs(text, shape):
 
 def test_a_second_part_that_is_not_known(monkeypatch):
     """Kills: a stage whose second part takes no time because nobody has counted it."""
-    monkeypatch.setattr(aurora, "STAGES", dict(aurora.STAGES))
+    monkeypatch.setattr(rules, "STAGES", dict(rules.STAGES))
 
-    @aurora.stage("later", average=aurora.whole, after=lambda average: {})
+    @rules.stage("later", average=rules.whole, after=lambda average: {})
     def later(U, average):
         return U, average
     with pytest.raises(ValueError, match="later does after a step is not in bench.roofline.WORK"):

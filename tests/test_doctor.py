@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, start, train, write_shard
 
-import aurora
+import rules
 import train_gpt
 from aurora import RESULT_17
 from bench import most_memory
@@ -290,9 +290,9 @@ def test_what_a_rule_keeps(monkeypatch):
     found = doctor.banks(Hyperparameters(matrix_update=SOAP))
     assert [kept.bytes for kept in found[:3]] == [4 * (3 * m * n + 2 * (m * m + n * n))] * 2 + [4 * 7 * n * n]
     assert found[3:] == RECORD["banks"][3:]
-    monkeypatch.setattr(aurora, "STAGES", dict(aurora.STAGES))
+    monkeypatch.setattr(rules, "STAGES", dict(rules.STAGES))
 
-    @aurora.stage("remember", three_rows=lambda W: (*W.shape[:-2], 3, W.size(-1)))
+    @rules.stage("remember", three_rows=lambda W: (*W.shape[:-2], 3, W.size(-1)))
     def remember(U, three_rows):
         return U, three_rows
     fc, proj, square = doctor.banks(Hyperparameters(matrix_update="nesterov | remember | step"))[:3]
@@ -304,9 +304,9 @@ def test_what_a_rule_keeps(monkeypatch):
 def test_what_passes_in_an_update(text, shape):
     """Kills: what is freed taken for what exists; states and weights counted once more; a second part that is left out.
     PyTorch's profiler sees the same update run. On meta tensors Newton-Schulz may need half a stack less."""
-    rule, W, meta = aurora.Rule.of(text), torch.randn(shape), torch.empty(shape, device="meta")
+    rule, W, meta = rules.Rule.of(text), torch.randn(shape), torch.empty(shape, device="meta")
     state, knobs = rule.state(W), dict(lr=0.1, t=torch.ones(()))
-    ran = (most_memory(lambda: aurora.advance_(rule, W, torch.randn(shape), state, knobs)) - W.nbytes
+    ran = (most_memory(lambda: rules.advance_(rule, W, torch.randn(shape), state, knobs)) - W.nbytes
            + most_memory(lambda: rule.after_(state, 1)))
     bank = SimpleNamespace(masters=meta, gradients=meta.clone(), state=rule.state(meta), rule=rule, knobs=knobs)
     assert ran - 0.6 * W.nbytes < doctor.passing(bank) < 1.01 * ran

@@ -11,9 +11,9 @@ import torch
 from conftest import ROOT, one_process, start
 
 import train_gpt
-from aurora import Named, Rule
 from harness.ranks import Place
 from records.recipes import meaning, read_recipe, recipes, rule
+from rules import Named, Rule
 from train_gpt import GPT, Hyperparameters, accumulate_gradients, initial_weights, make_banks, override
 
 # train_steps, the reported step, rule and rate of the matrices, rule of all others, rates of embedding, head and

@@ -11,19 +11,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import aurora
-from aurora import (
-    RESULT_17,
-    STAGES,
-    Aurora,
-    BelowOne,
-    Rule,
-    Shares,
-    column_pairs,
-    row_pairs,
-    stage,
-    whole,
-    with_knob,
-)
+import rules
+from aurora import RESULT_17, Aurora, Shares, column_pairs, row_pairs
+from rules import STAGES, BelowOne, Rule, stage, whole, with_knob
 from train_gpt import Bank, Hyperparameters
 
 SHAPES = SQUARE, TALL, WIDE = (8, 8), (12, 4), (4, 10)
@@ -355,7 +345,7 @@ def test_a_stage_that_no_graph_can_hold(name, graphs, runs, own_stages, monkeypa
             pass
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda *arguments, **named: contextlib.nullcontext())
-    monkeypatch.setattr(aurora, "compiled_rule", lambda text: lambda *arguments: calls.append(text))
+    monkeypatch.setattr(rules, "compiled_rule", lambda text: lambda *arguments: calls.append(text))
     with FakeTensorMode(), Unguarded():
         params = {name: nn.Parameter(torch.empty(rows, 4, device="cuda")) for name, rows in (("a", 4), ("b", 8))}
         bank = Bank(params, (4, 4), rule, lambda step: 0.1, pool="pool")
@@ -387,7 +377,7 @@ def test_a_second_part_runs_beside_the_next_pass(own_stages, monkeypatch):
         yield
         said.append("on main")
     monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(aurora, "compiled_rule", lambda text: lambda *arguments: said.append("step"))
+    monkeypatch.setattr(rules, "compiled_rule", lambda text: lambda *arguments: said.append("step"))
 
     @stage(captured=False, average=whole, after=lambda average: said.append("after") or {})
     def slow(U, average):

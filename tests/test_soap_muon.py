@@ -6,22 +6,10 @@ import pytest
 import torch
 
 from aurora import (
-    Rule,
-    anneal,
-    bimaxwell,
-    brake,
-    cautious_decay,
-    hyperball,
-    lookahead,
-    nesterov,
-    next_bases,
-    pin,
-    raw_adam,
-    row_floor,
-    schatten4,
-    tail_average,
-    trust_gate,
+    anneal, bimaxwell, brake, cautious_decay, hyperball, lookahead, nesterov, next_bases, pin, raw_adam, row_floor,
+    schatten4, tail_average, trust_gate,
 )
+from rules import Rule
 from train_gpt import learning_rate_factor, override
 
 TEXT = ("nesterov(ramp(0.85, 0.95, 0, 6)) | soap(0.9) | schatten4_polar | aspect | brake(0.5) | row_floor(0.3825) | "
