@@ -879,7 +879,8 @@ class Rule(NamedTuple):
         """W as the model holds it while it is trained ("training") or validated ("val_loss" or "val_ema_loss")."""
         for stage, numbers in reversed(self.parts):
             if function := stage.views.get(name):
-                known = dict(W=W, **stage.kept(state)) | stage.set_to(numbers, knobs)
+                defaults = {x: parameter.default for x, parameter in stage.knobs.items()}
+                known = dict(W=W, **stage.kept(state)) | defaults | stage.set_to(numbers, knobs)
                 W = function(**{x: known[x] for x in inspect.signature(function).parameters})
         return W
 

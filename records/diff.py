@@ -66,7 +66,7 @@ def diff(a: str, b: str) -> dict:
     """The verdict is that both are the same. Where one is a recipe, the fields of Hyperparameters are compared."""
     if find(a) or find(b):
         old, new = fields(a), fields(b)
-        names = [name for name in old | new if meaning(old.get(name)) != meaning(new.get(name))]
+        names = [name for name in old | new if meaning(old.get(name, "")) != meaning(new.get(name, ""))]
         return {"verdict": not names, "a": a, "b": b, **compare_constants(old, new, names), "sections": []}
     old, new = program(a), program(b)
     before, after = constants(old), constants(new)

@@ -1,6 +1,7 @@
 """Banks: an update is the same for every number of ranks, and can be held by a CUDA graph."""
 
 import contextlib
+import json
 from functools import partial
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import conftest
 from conftest import SOAP_MUON, UPDATES, Unguarded, one_process
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -162,6 +164,21 @@ def test_sums_of_vectors_fit_their_bank(alone):
         for bank in make_banks(model, hp, Place(0, 1, CPU)):
             bank.weights.fill_(7)
     assert all((p == 7).all() for p in model.parameters())
+
+
+def test_a_validation_changes_no_training(quick, tmp_path):
+    """Kills: training that goes on from what a validation has shown, a raw loss that depends on an average. A run with
+    an average and four validations, and one without it and with two: every loss that both have, to the last bit."""
+    ahead, seen = "lookahead(between(0.3, 1, 6))", []
+    for folder, words in (("a", ["val_every=2", f"final_update=tail_average(3, 2) | {ahead}"]),
+                          ("b", ["val_every=8", f"final_update={ahead}"])):
+        conftest.train(tmp_path / folder, [*quick, *SOAP_MUON[:-1], *words])
+        (sidecar,) = (tmp_path / folder / "logs").glob("*.jsonl")
+        rows = [json.loads(line) for line in sidecar.read_text().splitlines()]
+        seen.append({(name, row["step"]): row[name] for row in rows for name in ("loss", "val_loss") if name in row})
+    often, rarely = seen
+    assert len(rarely) == 8 + 2 and len(often) == 8 + 5
+    assert rarely == {key: often[key] for key in rarely}
 
 
 class Graph:

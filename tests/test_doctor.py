@@ -24,8 +24,8 @@ SMALL = "0, GPU-3090, 580.65.06, [N/A], NVIDIA GeForce RTX 3090, 8.6, 24576, 20\
 RECORD = dict(batch_tokens=524288, sequence_length=1024, micro_batch=64, vocab_size=50304, num_layers=12, model_dim=768,
               mlp_dim=3072, activation="relu2", matrix_update=RESULT_17, train_steps=3200, trials=1, checkpoints=0,
               fineweb_shards=17,  # as the trainer's defaults; of the banks, see test_what_the_default_banks_keep
-              banks=[doctor.Kept(12, 8 * 3072 * 768, 22 * 3072 * 768), doctor.Kept(12, 8 * 3072 * 768, 22 * 3072 * 768),
-                     doctor.Kept(48, 8 * 768 * 768, 20 * 768 * 768), doctor.Kept(50304 * 768, 12, 0),
+              banks=[doctor.Kept(12, 8 * 3072 * 768, 24 * 3072 * 768), doctor.Kept(12, 8 * 3072 * 768, 24 * 3072 * 768),
+                     doctor.Kept(48, 8 * 768 * 768, 24 * 768 * 768), doctor.Kept(50304 * 768, 12, 0),
                      doctor.Kept(50304 * 768, 6, 0), doctor.Kept(153216, 12, 0)])
 SOAP = ("nesterov(0.95) | soap(0.9, 0.9) | schatten4_polar | aspect | brake(0.5) | row_floor(0.3825) | step | pin"
         " | cautious_decay(0.025)")
