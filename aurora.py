@@ -1004,8 +1004,8 @@ def check_settings(group: dict):
         raise ValueError(f"update is a text such as {RESULT_17!r}, not {update!r}")
     rule = Rule.of(update)
     if rule.views or rule.knobs(Named):
-        raise ValueError(f"update={update!r}: Aurora has no lookahead and no average, which need a model that is another "
-                         "while it is validated, and no names(), in whose place groups stand")
+        raise ValueError(f"update={update!r}: Aurora has no lookahead and no average, which need a model that is "
+                         "another while it is validated, and no names(), in whose place groups stand")
 
 
 def check_parameter(p: Tensor):

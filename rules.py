@@ -181,8 +181,8 @@ class Rule(NamedTuple):
                 raise ValueError(f"{stage.name} stands twice in {text!r}: once is enough")
             if stage.in_place and i or parts[0].stage.in_place and (not stage.any_shape or "U" in stage.takes):
                 adam = stage.name if stage.in_place else names[0]
-                raise ValueError(f"{adam} moves the weight by itself: it stands first, and averages and lookahead alone "
-                                 "may follow")
+                raise ValueError(f"{adam} moves the weight by itself: it stands first, and averages and lookahead "
+                                 "alone may follow")
             if missing := set(stage.takes) - made:
                 maker = next(other.name for other in STAGES.values() if min(missing) in other.makes)
                 raise ValueError(f"{stage.name} needs {min(missing)}, which no stage before it makes: {maker} does")

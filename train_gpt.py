@@ -132,7 +132,8 @@ class Hyperparameters:
 
     def rule(self, name: str) -> Rule:
         """The whole of matrix_update, mlp_update, adam_update or vector_update."""
-        text = getattr(self, name) or {"mlp_update": self.matrix_update, "vector_update": self.adam_update}.get(name, "")
+        others = {"mlp_update": self.matrix_update, "vector_update": self.adam_update}
+        text = getattr(self, name) or others.get(name, "")
         return Rule.of(" | ".join(filter(None, [text, self.final_update])))
 
     @property
@@ -394,8 +395,8 @@ class Bank:
 
     @torch.no_grad()
     def show(self, view: str, step: int):
-        """Collective: what the model holds after `step` steps while it is trained ("training") or validated (the name of
-        the loss). A rule without views has one for all."""
+        """Collective: what the model holds after `step` steps while it is trained ("training") or validated (the name
+        of the loss). A rule without views has one for all."""
         if self.rule.views and step:
             self.turn_knobs(step - 1)
             self.weights[self.shares.mine] = self.rule.view(view, self.masters, self.state, self.knobs)
@@ -563,7 +564,9 @@ def make_banks(model: GPT, hp: Hyperparameters, place: Place) -> list[Bank]:
     pool = torch.cuda.graph_pool_handle() if place.device.type == "cuda" else None
 
     def bank(params, slot, rule: str, rate: float, family: str = "adam", dtype=torch.float32) -> Bank:
-        return Bank(params, slot, hp.rule(rule), lambda step: rate * learning_rate_factor(step, hp, family), dtype, pool)
+        def lr(step: int) -> float:
+            return rate * learning_rate_factor(step, hp, family)
+        return Bank(params, slot, hp.rule(rule), lr, dtype, pool)
     banks = [bank(params, slot, rule, hp.matrix_lr, "matrix")
              for (slot, rule), params in sorted(matrices.items(), key=lambda x: -math.prod(x[0][0]))]
     banks += [bank({"head.weight": model.head.weight}, (), "adam_update", hp.head_lr),

@@ -144,7 +144,7 @@ class Trial:
             yield
 
     def validated(self, step: int, losses: dict[str, float]):
-        """Diverged where the first of the losses is not finite or, from a tenth of the steps on, above that of step 0."""
+        """Diverged where the first loss is not finite or, from a tenth of the steps on, above that of step 0."""
         val_loss = next(iter(losses.values()))
         seconds, (before, since) = self.clock.seconds, self.validated_at
         step_avg = (seconds - since) / (step - before) if step else math.nan

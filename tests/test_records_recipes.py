@@ -249,8 +249,8 @@ def test_the_desk_reads_what_the_trainer_runs(name):
     assert list(read) == [field.name for field in fields(Hyperparameters)]
     assert {x: meaning(text) for x, text in read.items() if "**" not in text} == {
         x: meaning(str(value)) for x, value in vars(hp).items() if "**" not in read[x]}  # the desk computes no powers
-    assert rule(name) == hp.matrix_update + (f", of MLPs {hp.mlp_update}" if hp.mlp_update else "")
-    assert name in recipes()
+    mlp = f", of MLPs {hp.mlp_update}" if hp.mlp_update else ""
+    assert rule(name) == hp.matrix_update + mlp and name in recipes()
 
 
 @pytest.mark.parametrize("name", OURS)

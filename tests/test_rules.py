@@ -383,7 +383,8 @@ def test_a_second_part_runs_beside_the_next_pass(own_stages, monkeypatch):
     def slow(U, average):
         return U, average
     with FakeTensorMode(), Unguarded():
-        bank = Bank({"a": nn.Parameter(torch.empty(4, 4, device="cuda"))}, (4, 4), Rule.of("slow | step"), lambda _: 0.1)
+        params = {"a": nn.Parameter(torch.empty(4, 4, device="cuda"))}
+        bank = Bank(params, (4, 4), Rule.of("slow | step"), lambda _: 0.1)
         for step in range(2):
             bank.reduce()
             bank.step(step)
