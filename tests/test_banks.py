@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 import rules
 from aurora import Aurora
+from harness.graphs import Replayed
 from harness.ranks import Place
 from rules import Rule, advance_
-from train_gpt import GPT, Replayed, fill, initial_weights, learning_rate_factor, make_banks, override, show, update
+from train_gpt import GPT, fill, initial_weights, learning_rate_factor, make_banks, override, show, update
 
 CPU = torch.device("cpu")
 # 3 blocks: 12 squares, 3 tall and 3 wide matrices; of the tall ones 4 ranks own 1, 1, 1 and none. The rate of every

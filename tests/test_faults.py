@@ -348,7 +348,7 @@ def test_where_the_locale_is_ascii(quick, tmp_path):
     """Kills: sources, recipes and logs that are read and written as the locale has it."""
     for folder in ("harness", "kernels"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("aurora.py", "rules.py"):
+    for name in ("aurora.py", "initial.py", "rules.py"):
         shutil.copy(ROOT / name, tmp_path)
     text = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
     (tmp_path / "train_gpt.py").write_text(text + "# \u00e9\n", encoding="utf-8")

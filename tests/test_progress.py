@@ -108,7 +108,7 @@ def test_no_reference_of_another_metric(tmp_path):
 
 def test_terminal_shows_the_reference(small, tmp_path):
     """Kills: a line that is computed but not shown. The trainer runs in a terminal, beside a reference of 40 steps."""
-    for name in ("train_gpt.py", "aurora.py", "rules.py", "harness", "kernels"):
+    for name in ("train_gpt.py", "aurora.py", "initial.py", "rules.py", "harness", "kernels"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
     folder = tmp_path / "records" / "published"
     folder.mkdir(parents=True)
@@ -137,7 +137,7 @@ def test_terminal_shows_the_reference(small, tmp_path):
 
 def test_a_run_that_plainly_diverges_ends(small, tmp_path, capsys):
     """Kills: hours of GPUs on a run that is worse than its start; its loss lost, or counted as an accident."""
-    for name in ("aurora.py", "rules.py", "harness", "kernels"):
+    for name in ("aurora.py", "initial.py", "rules.py", "harness", "kernels"):
         (tmp_path / name).symlink_to(ROOT / name)
     source, loss = (ROOT / "train_gpt.py").read_text(), "validation_loss(model, *validation, hp)\n"
     assert source.count(loss) == 1

@@ -21,11 +21,13 @@ from conftest import ROOT, one_process, train, write_shard
 import train_gpt
 from aurora import RESULT_17
 from harness.arguments import departures
+from harness.graphs import Replayed
 from harness.log import facts, flatten, render
 from harness.ranks import Place, fastest_attention, pin_attention
 from harness.run import summary
 from harness.shards import batches_in, find_shards, fineweb_shards
 from harness.trial import Clock
+from initial import opposed_signs
 from kernels.cross_entropy import fused_head_loss
 from kernels.mlp import fused_relu2_mlp
 from kernels.newton_schulz import NEWTON_SCHULZ_CHOICE
@@ -215,7 +217,7 @@ def test_opposed_signs():
     """Kills: a half that is rounded up where upstream's is rounded to even, a sum of a group that is not halved. The
     numbers of +1 are recomputed from the same draws."""
     generator, again = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
-    a, b = train_gpt.opposed_signs(6000, 6, generator)
+    a, b = opposed_signs(6000, 6, generator)
     for group in range(1000):
         fair = int(torch.randint(2, (6,), generator=again).sum())
         torch.randperm(6, generator=again), torch.randperm(6, generator=again)
@@ -560,7 +562,8 @@ def test_the_program_of_a_log_is_its_files(tmp_path):
         above.add(name)
     folders = {f"{path.parent.name}/{path.name}" for path in ROOT.glob("*/[!_]*.py")
                if path.parent.name in ("kernels", "harness")}
-    assert above == {"train_gpt.py", "aurora.py", "rules.py", *folders} - {"harness/doctor.py", "harness/torchrun.py"}
+    assert above == {"train_gpt.py", "aurora.py", "initial.py", "rules.py", *folders} - {
+        "harness/doctor.py", "harness/torchrun.py"}
     (tmp_path / "program.py").write_text(source)
     assert flatten(tmp_path / "program.py", tmp_path) == source
 
@@ -661,7 +664,7 @@ def test_a_finished_trial_leaves_no_bank(quick, tmp_path, monkeypatch):
         begun.append(sum(bank() is not None for bank in alive))
         banks = make_banks(model, hp, place)
         for bank in banks:
-            bank.run = train_gpt.Replayed("pool")
+            bank.run = Replayed("pool")
         alive.extend(map(weakref.ref, banks))
         return banks
     monkeypatch.setattr(train_gpt, "make_banks", counted)
