@@ -109,8 +109,10 @@ def make_parser(description: str) -> argparse.ArgumentParser:
                         help="every K steps, write what the neurons do to logs/NAME.neurons.jsonl.gz; "
                              "changes no result")
     parser.add_argument("--checkpoint-every", type=int, default=0, metavar="N",
-                        help="every N steps, and on SIGUSR1, SIGTERM, SIGHUP and SIGINT, put the newest state "
-                             "into logs/NAME.checkpoint; changes no result")
+                        help="every N steps, after the last, and on SIGUSR1, SIGTERM, SIGHUP and SIGINT, put the "
+                             "newest state into logs/NAME.checkpoint; changes no result")
+    parser.add_argument("--checkpoint-last", dest="checkpoint_every", action="store_const", const=10**9,
+                        help="the same after the last step, and on signals, alone")
     parser.add_argument("--resume", metavar="logs/NAME.checkpoint",
                         help="go on with that run and its log; with micro_batch=N, in parts of another size")
     parser.add_argument("--fork-from", metavar="CHECKPOINT", help="begin there, with other values; no evidence")

@@ -52,13 +52,8 @@ def recall(experiment: Experiment, args: argparse.Namespace) -> Start:
         newest = max(named, key=lambda path: os.path.exists(path) and os.path.getmtime(path))
         raise ValueError(f"a run goes on from one checkpoint, these are {len(named)}: give one; the newest is {newest}")
     folder = folder_of(named[0])
-    state = read_state(folder)
-    words = [f"{name}={value}" for name, value in state["hyperparameters"].items()]
-    # where the names are others, its words are unknown here
-    same = state["hyperparameters"].keys() == vars(experiment.hyperparameters()).keys()
-    before = overridden(experiment, words) if same else None
-    if not same or state["source_sha256"] != source_sha256(source_of_run(experiment.script, before)):
-        raise ValueError(f"{folder} is of another version of this program: check out the commit that its log names")
+    state, before = read_run(experiment, folder)
+    words = words_of(state)
     if args.resume:
         check_resume(args, state, folder)
         settled = dict(resume=str(folder), seed=state["seed"], trials=state["end"] - state["seed"],
@@ -76,6 +71,20 @@ def shown_beside(result: int, hp, recipe) -> int:
     recipe, whose curve would then tell nothing of it."""
     decisive = (name for name in vars(hp) if name.endswith(("_schedule", "_steps")) or name == "metric")
     return result * all(getattr(hp, name) == getattr(recipe, name) for name in decisive)
+
+
+def read_run(experiment: Experiment, folder: Path) -> tuple[dict, object]:
+    """A checkpoint of this very program, and the hyperparameters of its run. ValueError for any other."""
+    state = read_state(folder)
+    same = state["hyperparameters"].keys() == vars(experiment.hyperparameters()).keys()  # else its words are unknown here
+    hp = overridden(experiment, words_of(state)) if same else None
+    if not same or state["source_sha256"] != source_sha256(source_of_run(experiment.script, hp)):
+        raise ValueError(f"{folder} is of another version of this program: check out the commit that its log names")
+    return state, hp
+
+
+def words_of(state: dict) -> list[str]:
+    return [f"{name}={value}" for name, value in state["hyperparameters"].items()]
 
 
 def check_resume(args: argparse.Namespace, state: dict, folder: Path):

@@ -107,7 +107,7 @@ class Trial:
         every = self.run.args.checkpoint_every
         self.clock.resume()
         for done in range(first, self.hp.last_step + 1):
-            save = self.request or every and done > first and done % every == 0
+            save = self.request or every and done > first and (done % every == 0 or done == self.hp.last_step)
             self.step = done + 1
             self.run.heartbeat.begin(self.step, usual=done > first and not save)
             if save:

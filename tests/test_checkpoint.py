@@ -92,6 +92,18 @@ def test_checkpoints_change_nothing(whole, quick, tmp_path):
     assert sorted(path.name for path in checkpoint_of(whole).iterdir()) == ["manifest.json", "seed1-step9.pt"]
 
 
+@pytest.mark.parametrize("words, steps", [
+    (["--checkpoint-every", "3"], [3, 6, 8]), (["--checkpoint-every", "4"], [4, 8]), (["--checkpoint-last"], [8]),
+    (["--checkpoint-last", "stop_step=5"], [5]), (["--checkpoint-last", "--trials", "2"], [8, 8])])
+def test_the_last_step_is_saved(words, steps, quick, tmp_path, monkeypatch):
+    """Kills: last weights that are lost because N does not divide the steps, or because the run stops early; a last
+    step that is saved twice; more than the last where that was asked for."""
+    saved = []
+    monkeypatch.setattr("harness.checkpoint.write_checkpoint", lambda folder, name, state: saved.append(state["step"]))
+    train(tmp_path, [*quick, *words])
+    assert saved == steps
+
+
 @pytest.mark.parametrize("moment", [
     dict(calls=5),  # in step 5, of which the log already tells
     dict(calls=15),  # in the second trial
@@ -170,7 +182,7 @@ def test_a_signal_may_ask_for_a_checkpoint_alone(quick, tmp_path, monkeypatch):
     monkeypatch.setattr("harness.checkpoint.write_checkpoint", lambda folder, name, state: saved.append(state["step"]))
     monkeypatch.setattr("harness.trial.record_neurons", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
     train(tmp_path, [*quick, "--checkpoint-every", "100", "--neurons", "5"])
-    assert saved == [6]  # sent in step 5, after the ranks agreed
+    assert saved == [6, 8]  # sent in step 5, after the ranks agreed; and the last
     (log,) = (tmp_path / "logs").glob("*.txt")
     assert read(log).trials[0].complete
 
@@ -185,7 +197,7 @@ def test_what_nohup_asks_for(quick, tmp_path, monkeypatch):
         train(tmp_path, [*quick, "--checkpoint-every", "100", "--neurons", "5"])
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert saved == [6]
+    assert saved == [6, 8]
 
 
 def test_a_signal_that_saves_ends_no_run_that_saves_nothing(quick, tmp_path, monkeypatch):
@@ -238,6 +250,8 @@ def test_a_run_that_goes_on_knows_its_recipe(quick, tmp_path, monkeypatch):
 def test_what_a_person_types_for_resume(quick, tmp_path, monkeypatch):
     """Kills: [Errno 20] for the file in the folder or for the log; another state than the one that is named; a card
     that is too small to go on; a resumed run that calls itself another program."""
+    monkeypatch.setattr("harness.checkpoint.write_checkpoint", lambda folder, name, state: name == "seed0-step8.pt" and
+                        write_checkpoint(folder, name, state))  # not step 9
     train(tmp_path, [*quick, "train_steps=9", "--checkpoint-every", "4"])
     folder = checkpoint_of(tmp_path)
     log = folder.with_suffix(".txt")
@@ -360,7 +374,7 @@ def test_a_checkpoint_is_of_its_moment(quick, tmp_path, monkeypatch):
     train(tmp_path / "slowly", words)
     for ours, theirs in zip(written, taken, strict=True):
         assert all(torch.equal(a, b) for (_, a), (_, b) in zip(tensors(ours), tensors(theirs), strict=True))
-    assert [state["step"] for state in written] == [3, 6]
+    assert [state["step"] for state in written] == [3, 6, 8]
 
 
 def test_killed_at_any_moment(tmp_path):
