@@ -4,18 +4,7 @@ An update rule is one line of text. This is result #17's:
 
     nesterov(0.95) | aurora(2, 0.5) | contra(0.4) | aspect | floor(0.35) | step
 
-A stage is a pure function of what flows from stage to stage, by the names in its signature:
-
-    G gradient    W weight    W0 weight before the step    U update so far (G at first)    N what U was made of
-    M momentum    lr rate     t number of this step, from 1
-
-It makes U, unless its decorator says otherwise, and returns that and then the state that the decorator declares. What
-is left of its signature are its knobs: numbers; schedules of the step such as ramp(0.85, 0.95, 0, 300); or, where it
-differs within a stack, names(0.6, embed=0): 0.6, and 0 where the parameter's name holds "embed" (_ stands for a dot).
-
-    ramp(before, after, start, stop)      from one value to another, linear between two steps
-    between(value, start, stop)           the value from one step up to another, else 0
-    power(value, steps, last, exponent)   value, and over the `last` of `steps` steps times (steps left / last)^exponent
+rules.py says what a stage is, and what its knobs can be. The stages:
 
     nesterov(mu)                    M <- mu M + (1 - mu) G;  U = N = (1 - mu) G + mu M
     bimaxwell(mu, fast, slow, share) nesterov with the mean of two M's, one forgetting faster: pull request 339
@@ -28,6 +17,7 @@ differs within a stack, names(0.6, embed=0): 0.6, and 0 where the parameter's na
     schatten4_polar                 the record's table, of an input of Schatten-4 norm 1: results #30 to #46
     soap(beta2, beta, every)        U = N <- U over a running root mean square in the eigenbases of the gradients: #44
     trust_gate(floor, cap, share)   U = N <- between the momentum and U, as far as the two and the gradient agree: #44
+    anneal(ratio, exponent, forget) U <- U, less of it where soap's bases show large gradients, of the same length
     contra(strength)                U <- U - strength/2 N/||N||_2, of the same length
     normuon(beta2)                  U <- its rows over a running mean of their squares, of the same length
     normuon_lite(beta2)             the same along the longer side: results #9 to #11
@@ -55,17 +45,10 @@ NorMuon, arXiv 2510.05491; Contra-Muon, nilin.github.io/contra-muon-and-soft-muo
 github.com/KellerJordan/modded-nanogpt, records/track_3_optimization, result #17.
 """
 
-import ast
 import copy
-import difflib
-import inspect
-import math
-import re
-from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache, partial
+from functools import partial
 from numbers import Real
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -74,6 +57,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from kernels.newton_schulz import newton_schulz
+from rules import BelowOne, Named, Rule, UpToOne, at_least_fp32, at_once, stage, whole
 
 RESULT_17 = "nesterov(0.95) | aurora(2, 0.5) | contra(0.4) | aspect | floor(0.35) | step"
 
@@ -130,10 +114,6 @@ def frobenius(X: Tensor) -> Tensor:
     return torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=at_least_fp32(X))
 
 
-def at_least_fp32(X: Tensor) -> torch.dtype:
-    return torch.promote_types(X.dtype, torch.float32)
-
-
 def schatten4(X: Tensor) -> Tensor:
     """||X||_S4 = ||X^T X||_F^(1/2), shape (..., 1, 1): between the spectral norm and the Frobenius norm."""
     X = X.to(at_least_fp32(X))
@@ -146,8 +126,9 @@ def polar(G: Tensor, coefficients=SIMPLE_QUINTIC_12, dtype=torch.bfloat16, norm=
 
     Newton-Schulz moves each singular value s to p(...p(s / norm(G))). Those above 1e-3 norm(G) end within 5e-6 of 1
     with the record's table, 1e-14 with POLAR_EXPRESS_8 or CANS_12, .53 with QUINTIC_5, in exact arithmetic; smaller
-    ones fall short of 1. Above 1e19 fp32 has no norm: 0 again. bf16 adds up to 7e-3 where G is well-conditioned; where it is not, rounding noise grows as
-    small singular values do, so that an exactly low-rank G gets more rank than it had.
+    ones fall short of 1. Above 1e19 fp32 has no norm: 0 again. bf16 adds up to 7e-3 where G is well-conditioned; where
+    it is not, rounding noise grows as small singular values do, so that an exactly low-rank G gets more rank than it
+    had.
     """
     X = G.to(dtype)
     tall = X.size(-2) > X.size(-1)
@@ -288,78 +269,9 @@ def balanced_tangent(U: Tensor, G: Tensor) -> Tensor:
     S = B - U.mT @ (multiplier * U)
     return G - U @ S - multiplier * U
 
-
 ########################################
 #                Stages                #
 ########################################
-
-FLOW = ("G", "W", "W0", "U", "N", "M", "lr", "t")
-
-
-class BelowOne(float):
-    """The type of a knob in [0, 1), such as the weight of the past in a running mean."""
-
-
-class UpToOne(float):
-    """The type of a number in (0, 1], such as a part of a run."""
-
-
-class Stage(NamedTuple):
-    """A pure function, and what a rule must know of it."""
-    name: str
-    function: Callable
-    takes: tuple[str, ...]  # of FLOW, by its signature
-    knobs: dict[str, inspect.Parameter]  # what its signature has beside that and its state
-    makes: tuple[str, ...]  # of FLOW, what it returns first
-    state: dict[str, Callable]  # {name: W -> shape} of what it keeps from step to step, zeros at first
-    captured: bool  # whether a CUDA graph can hold it
-    after: Callable | None  # state -> state, outside of a CUDA graph, once the step's weights are on their way; of a
-    # stage with a knob `every`, after every so many steps
-    views: dict[str, Callable]  # {view: W, state and knobs, by name -> W as the model holds it meanwhile}
-    any_shape: bool  # whether it takes vectors and numbers, and not matrices alone
-    in_place: bool  # whether it works in place, in W's own dtype, as the first of its rule
-
-    @property
-    def moves(self) -> bool:
-        """Whether it moves the weight by the update."""
-        return "W" in self.makes and ("U" in self.takes or self.in_place)
-
-    def kept(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Its part of a rule's state, by its own names."""
-        return {name: state[f"{self.name}.{name}"] for name in self.state}
-
-    def set_to(self, values: dict, knobs: dict) -> dict:
-        """Its knobs, by its own names: of `values` the numbers, of a rule's `knobs` what is no number."""
-        return {name: knobs[f"{self.name}.{name}"] if callable(value) else value for name, value in values.items()}
-
-
-STAGES: dict[str, Stage] = {}
-
-
-def stage(name: str | None = None, makes=("U",), captured=True, after=None, views=MappingProxyType({}), any_shape=False,
-          in_place=False, **state: Callable) -> Callable:
-    """Decorator: from here on, update rules can name this function, or its `name`. It stays the function it is.
-
-    @stage(average=whole)
-    def smooth(U, average, beta: BelowOne = 0.9):
-        average = beta * average + (1 - beta) * U
-        return average, average  # U, and then the state
-    """
-    def register(function: Callable) -> Callable:
-        called, parameters = name or function.__name__, inspect.signature(function).parameters
-        knobs = {x: p for x, p in parameters.items() if x not in (*FLOW, *state)}
-        if called in STAGES:  # as where a cell of a notebook runs again
-            Rule.of.cache_clear()
-            compiled_rule.cache_clear()
-        STAGES[called] = Stage(called, function, tuple(x for x in parameters if x in FLOW), knobs, tuple(makes),
-                               state, captured, after, dict(views), any_shape, in_place)
-        return function
-    return register
-
-
-def whole(W: Tensor) -> torch.Size:
-    return W.shape
-
 
 @stage(makes=("U", "N", "M"), any_shape=True, momentum=whole)
 def nesterov(G: Tensor, momentum: Tensor, mu: BelowOne = 0.95) -> tuple[Tensor, ...]:
@@ -537,23 +449,23 @@ def next_bases(row_covariance, row_basis, column_covariance, column_basis, secon
                 second_moment=second_moment.take_along_dim(orders[1].unsqueeze(-2), dim=-1))
 
 
-@stage(makes=("U", "N"), after=next_bases, row_covariance=row_pairs, row_basis=row_pairs,
+@stage(makes=("U", "N", "L", "R"), after=next_bases, row_covariance=row_pairs, row_basis=row_pairs,
        column_covariance=column_pairs, column_basis=column_pairs, second_moment=whole)
 def soap(U: Tensor, G: Tensor, row_covariance: Tensor, row_basis: Tensor, column_covariance: Tensor,
          column_basis: Tensor, second_moment: Tensor, beta2: BelowOne = 0.9, beta: BelowOne = 0.9, every: int = 1):
     """SOAP (arXiv 2409.11321) as results #44 to #46 of track 3 have it, before a polar factor.
 
-    In the bases L, R of the last step, Y = L^T U R,  v <- beta2 v + (1 - beta2) Y^2,  P = L (Y / sqrt(v)) R^T, which gets
-    U's Schatten-4 norm. Then the covariances take in the gradient, C <- beta C + (1 - beta) G G^T, of columns G^T G.
-    The second moment is of the momentum, not of the gradient, and nothing is corrected for its start at zero. The bases
-    follow the covariances every so many steps.
+    In the bases L, R of the last step, Y = L^T U R,  v <- beta2 v + (1 - beta2) Y^2,  P = L (Y / sqrt(v)) R^T, which
+    gets U's Schatten-4 norm. Then the covariances take in the gradient, C <- beta C + (1 - beta) G G^T, of columns
+    G^T G. The second moment is of the momentum, not of the gradient, and nothing is corrected for its start at zero.
+    The bases follow the covariances every so many steps.
     """
     L, R = started(row_basis), started(column_basis)
     Y = L.mT @ U @ R
     second_moment = beta2 * second_moment + (1 - beta2) * Y.square()
     P = L @ (Y / second_moment.clamp(min=1e-16).sqrt()) @ R.mT
     P = P * schatten4(U).clamp(min=1e-8) / schatten4(P).clamp(min=1e-8)
-    return (P, P, beta * row_covariance + (1 - beta) * G @ G.mT, row_basis,
+    return (P, P, L, R, beta * row_covariance + (1 - beta) * G @ G.mT, row_basis,
             beta * column_covariance + (1 - beta) * G.mT @ G, column_basis, second_moment)
 
 
@@ -572,6 +484,27 @@ def trust_gate(U: Tensor, M: Tensor, G: Tensor, floor: float = 0.0, cap: float =
     P = P * schatten4(M).clamp(min=1e-8) / schatten4(P).clamp(min=1e-8)
     U = U + share * (P - U)
     return U, U
+
+
+@stage(row_covariance=row_pairs, column_covariance=column_pairs)
+def anneal(U: Tensor, G: Tensor, L: Tensor, R: Tensor, row_covariance: Tensor, column_covariance: Tensor,
+           ratio: UpToOne, exponent: float = 0.25, forget: BelowOne = 0.01) -> tuple[Tensor, ...]:
+    """Spectral annealing: L (ratio^(exponent x) o L^T U R) R^T of U's length, x_ij: log (L^T A L)_ii + log (R^T B R)_jj
+    less its mean, over its deviation and within [-2, 2]; A and B are running means of G G^T and G^T G that begin with
+    the first step at which ratio is below 1. Where gradients are large, steps shrink before the rate does.
+
+    From the open claim of 2540 steps, github.com/jn2clark/modded-nanogpt: ratio is the rate over its largest.
+    """
+    def averaged(C, new):
+        return torch.where(frobenius(C) == 0, new, (1 - forget) * C + forget * new) * (ratio < 1)
+
+    def log_variances(C, Q):
+        return (Q * (C @ Q)).sum(dim=-2).clamp(min=1e-30).log()
+    A, B = averaged(row_covariance, G @ G.mT), averaged(column_covariance, G.mT @ G)
+    x = log_variances(A, L).unsqueeze(-1) + log_variances(B, R).unsqueeze(-2)
+    x = x - x.mean(dim=(-2, -1), keepdim=True)
+    x = (x / x.std(dim=(-2, -1), keepdim=True).clamp(min=1e-6)).clamp(-2, 2)
+    return of_length(frobenius(U), L @ (L.mT @ U @ R * ratio ** (exponent * x)) @ R.mT), A, B
 
 
 @stage()
@@ -621,7 +554,7 @@ def cautious_decay(W: Tensor, W0: Tensor, U: Tensor, lr, rate: float) -> Tensor:
 
 @stage(makes=("W",))
 def hyperball(W: Tensor, U: Tensor, lr) -> Tensor:
-    """W - lr r U / ||U||_F, brought back to the length r = ||W||_F: MuonH, github.com/KellerJordan/modded-nanogpt, #5."""
+    """W - lr r U / ||U||_F, brought back to the length r = ||W||_F: MuonH, result #5 of track 3."""
     length = frobenius(W)
     moved = W - lr * length * U / frobenius(U).clamp(min=1e-10)
     return moved * length / frobenius(moved).clamp(min=1e-10)
@@ -660,7 +593,9 @@ def lookahead(W: Tensor, W0: Tensor, point: Tensor, drift: Tensor, t, size: floa
     """W + size b: the next gradient is taken, and the next step made, ahead of W, where b is a running mean of W's
     movement, b <- (1 - forget) b + forget (W - W before). Validation sees W itself.
 
-    EMA-Nesterov, results #39 and #40. A constant drift d becomes d / (1 - size); what oscillates is left alone.
+    EMA-Nesterov, results #39 and #40. A constant drift d becomes d / (1 - size); what oscillates is left alone. Step t
+    ends with the move, whose size is the knob's after t - 1 steps: #46, which moves before the gradients of the steps
+    that have 300 to 1949 before them, is between(..., 299, 1949).
     """
     before = torch.where(torch.as_tensor(t) == 1, W0, point)
     drift = (1 - forget) * drift + forget * (W - before)
@@ -687,340 +622,6 @@ def anchored_average(W: Tensor, average: Tensor, t, start: int = 2040, steps: in
                      anchor: float = 0.45):
     """tail_average, and the gradient is taken at W + anchor (W - e), to move W: pull request 377."""
     return tail_average(W, average, t, start, steps)
-
-
-########################################
-#             Update rules             #
-########################################
-
-def ramp(step: int, before, after, start: int, stop: int) -> float:
-    """`before` up to step `start`, `after` from step `stop` on, linear between."""
-    return before + (after - before) * min(1.0, max(0.0, (step - start) / (stop - start)))
-
-
-def between(step: int, value, start: int, stop: int) -> float:
-    """`value` from step `start` on and before step `stop`; 0 else."""
-    return value if start <= step < stop else 0.0
-
-
-def power(step: int, value, steps: int, last: float, exponent: float) -> float:
-    """`value`, and over the `last` of `steps` steps value (steps left / last)^exponent: results #20 to #46."""
-    return value * min(1.0, max(0, steps - step) / max(last, 1e-9)) ** exponent
-
-
-# functions of the number of steps done; those arguments without a type are values of the knob, or schedules of it
-SCHEDULES = {function.__name__: function for function in (ramp, between, power)}
-
-
-class Schedule(NamedTuple):
-    """A function of steps, with its other arguments."""
-    function: Callable
-    arguments: dict
-
-    def __call__(self, *steps: int) -> float:
-        values = {x: value(*steps) if callable(value) else value for x, value in self.arguments.items()}
-        return self.function(*steps, **values)
-
-
-class Named(NamedTuple):
-    """A number for each parameter: `other`, or that of the last word of `of` that its name holds."""
-    other: float
-    of: dict[str, float]
-
-    def __call__(self, name: str) -> float:
-        return ([self.other] + [x for word, x in self.of.items() if word in name.replace(".", "_")])[-1]
-
-
-class Part(NamedTuple):
-    stage: Stage
-    knobs: dict[str, float | Schedule | Named]  # numbers are constants of the compiled program
-
-
-class Rule(NamedTuple):
-    """An update rule: the stages that a line of text names, in its order."""
-    text: str
-    parts: tuple[Part, ...]
-
-    @classmethod
-    @cache
-    def of(cls, text: str) -> "Rule":
-        """Reads a rule, and runs nothing of it. ValueError, in one line, names what is wrong and the nearest right word."""
-        parts = tuple(read_part(node) for node in chain(text))
-        names, made = [part.stage.name for part in parts], set(FLOW) - {"N", "M"}
-        for i, (stage, _) in enumerate(parts):
-            if stage.name in names[:i]:
-                raise ValueError(f"{stage.name} stands twice in {text!r}: once is enough")
-            if stage.in_place and i or parts[0].stage.in_place and (not stage.any_shape or "U" in stage.takes):
-                adam = stage.name if stage.in_place else names[0]
-                raise ValueError(f"{adam} moves the weight by itself: it stands first, and averages and lookahead alone "
-                                 "may follow")
-            if missing := set(stage.takes) - made:
-                raise ValueError(f"{stage.name} needs {min(missing)}, which no stage before it makes: nesterov does")
-            moved = [other.name for other, _ in parts[:i] if other.moves]
-            if moved and "U" in stage.makes:
-                raise ValueError(f"{stage.name} stands after {moved[0]}, where its update is of no use: put it before")
-            if "W0" in stage.takes and not moved:
-                raise ValueError(f"{stage.name} looks back at the step: put it after step")
-            made |= set(stage.makes)
-        if not any(stage.moves for stage, _ in parts):
-            raise ValueError(f"{text!r} does not move the weight: end it with | step")
-        return cls(text, parts)
-
-    @property
-    def in_place(self) -> bool:
-        """Whether it is of the kind of AdamW: in place, in W's own dtype, never compiled."""
-        return self.parts[0].stage.in_place
-
-    @property
-    def any_shape(self) -> bool:
-        """Whether it takes vectors and numbers."""
-        return all(stage.any_shape for stage, _ in self.parts)
-
-    @property
-    def captured(self) -> bool:
-        """Whether a CUDA graph can hold it."""
-        return all(stage.captured for stage, _ in self.parts)
-
-    @property
-    def keeps(self) -> list[str]:
-        """The names of its state."""
-        return [f"{stage.name}.{name}" for stage, _ in self.parts for name in stage.state]
-
-    def dtype(self, W: Tensor) -> torch.dtype:
-        """Of its state and arithmetic: fp32 or better, AdamW's W's own."""
-        return W.dtype if self.in_place else at_least_fp32(W)
-
-    def state(self, W: Tensor) -> dict[str, Tensor]:
-        """{stage.name: zeros} of all that its stages keep of a stack."""
-        return {f"{stage.name}.{name}": torch.zeros(shape(W), dtype=self.dtype(W), device=W.device)
-                for stage, _ in self.parts for name, shape in stage.state.items()}
-
-    def knobs(self, kind: type) -> dict:
-        """{stage.knob: value} of the knobs that are of a kind: Schedule or Named."""
-        return {f"{stage.name}.{name}": value for stage, knobs in self.parts
-                for name, value in knobs.items() if isinstance(value, kind)}
-
-    def at(self, step: int) -> dict[str, float]:
-        """{stage.knob: value} of the knobs that a schedule changes, after `step` steps."""
-        return {name: schedule(step) for name, schedule in self.knobs(Schedule).items()}
-
-    def of_slots(self, sizes: dict[str, int]) -> dict[str, Tensor]:
-        """{stage.knob: a value a slot} of the knobs that go by name; `sizes`: how many slots a parameter has."""
-        return {name: torch.cat([torch.full((size,), named(parameter)) for parameter, size in sizes.items()])
-                for name, named in self.knobs(Named).items()}
-
-    def advance_(self, W: Tensor, G: Tensor, state: dict[str, Tensor], knobs: dict):
-        """A step of a stack, in place: on a GPU in one call of a compiled program, on a CPU in parts, so that what a
-        step needs beyond the weights does not grow with depth. `knobs`: lr, t, at(step), on a GPU as 0-d tensors, and
-        of_slots(sizes), each of as many dimensions as W."""
-        if self.in_place:
-            advance_(self, W, G, state, knobs)
-        elif W.is_cuda:
-            compiled_rule(self.text)(W, G, state, knobs)
-        else:
-            for start in range(0, len(W), at_once(W)):
-                part = slice(start, start + at_once(W))
-                advance_(self, W[part], G[part], {name: x[part] for name, x in state.items()},
-                         {name: x[part] if isinstance(x, Tensor) and x.ndim else x for name, x in knobs.items()})
-
-    @property
-    def has_after(self) -> bool:
-        return any(stage.after for stage, _ in self.parts)
-
-    def after_(self, state: dict[str, Tensor], t: int):
-        """The stages' second parts, in place, after step t: what no CUDA graph can hold, and the next step alone
-        needs."""
-        for stage, numbers in self.parts:
-            if stage.after and t % numbers.get("every", 1) == 0:
-                kept = stage.kept(state)
-                for name, value in stage.after(**kept).items():
-                    kept[name].copy_(value)
-
-    @property
-    def views(self) -> set[str]:
-        """What of W, at other times than a step, is another than W."""
-        return {view for stage, _ in self.parts for view in stage.views}
-
-    def view(self, name: str, W: Tensor, state: dict[str, Tensor], knobs: dict) -> Tensor:
-        """W as the model holds it while it is trained ("training") or validated ("val_loss" or "val_ema_loss")."""
-        for stage, numbers in reversed(self.parts):
-            if function := stage.views.get(name):
-                known = dict(W=W, **stage.kept(state)) | stage.set_to(numbers, knobs)
-                W = function(**{x: known[x] for x in inspect.signature(function).parameters})
-        return W
-
-
-def advance_(rule: Rule, W: Tensor, G: Tensor, state: dict[str, Tensor], knobs: dict):
-    """A step of a stack by a rule, stage by stage. W and the state are overwritten."""
-    flow = dict(G=G.to(rule.dtype(W)), W=W.to(rule.dtype(W)), lr=knobs["lr"], t=knobs["t"])
-    # what works in place takes W0 with it
-    flow |= dict(U=flow["G"], W0=flow["W"].clone() if rule.in_place and len(rule.parts) > 1 else flow["W"])
-    for stage, numbers in rule.parts:
-        kept = stage.kept(state)
-        made = stage.function(**{name: flow[name] for name in stage.takes}, **kept, **stage.set_to(numbers, knobs))
-        made = made if isinstance(made, tuple) else (made,)
-        assert len(made) == len(stage.makes) + len(kept), f"{stage.name} returns {len(made)} values"
-        flow |= dict(zip(stage.makes, made))
-        for x, value in zip(kept.values(), made[len(stage.makes):]):
-            x.copy_(value)
-    W.copy_(flow["W"])
-
-
-COMPILED = {"realize_reads_threshold": 1}  # has Inductor store N: else each reader of N computes it anew
-
-
-@cache
-def compiled_rule(text: str) -> Callable:
-    """advance_ by a rule in few kernels: result #17's are some 40, which read or write the stack 27 times
-    (bench/graph.py counts them). Operation by operation it would be several times as often."""
-    return torch.compile(partial(advance_, Rule.of(text)), dynamic=False, options=COMPILED)
-
-
-def at_once(stack: Tensor) -> int:
-    """How many slots of a stack are updated in one call: on a GPU all, on a CPU as many as have 3.5 million numbers."""
-    return len(stack) if stack.is_cuda else max(1, 6 * 768 * 768 // math.prod(stack.shape[1:]))
-
-
-def chain(text: str) -> list[ast.expr]:
-    """'a(1) | b' as the nodes of a(1) and b."""
-    node, nodes = parse_expression(text, "nesterov(0.95) | polar | aspect | step"), []
-    while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        nodes.append(node.right)
-        node = node.left
-    return [node, *reversed(nodes)]
-
-
-def parse_expression(text: str, example: str) -> ast.expr:
-    if len(text) > 1000:
-        raise ValueError(f"an update rule has at most 1000 characters, this one {len(text)}")
-    try:
-        if not re.fullmatch(r"[\w.,=()|+ -]*", text, re.ASCII):
-            raise ValueError
-        node = ast.parse(text.strip(), mode="eval").body
-        if depth(node) > 100:  # ast.unparse, which the messages below need, recurses
-            raise ValueError
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ValueError(f"{text!r} is not understood: write it as {example}") from None
-    return node
-
-
-def depth(node: ast.AST) -> int:
-    level, levels = [node], 0
-    while level:
-        level, levels = [child for x in level for child in ast.iter_child_nodes(x)], levels + 1
-    return levels
-
-
-def nearest(word: str, words) -> str:
-    return difflib.get_close_matches(word, words, n=1, cutoff=0)[0]
-
-
-def read_part(node: ast.expr) -> Part:
-    name, arguments = read_call(node, STAGES, "stage")
-    stage, where = STAGES[name], ast.unparse(node)
-    types = {x: float if p.annotation is p.empty else p.annotation for x, p in stage.knobs.items()}
-    required = [x for x, p in stage.knobs.items() if p.default is p.empty]
-    given = bind(where, name, arguments, list(types), required)
-    return Part(stage, {x: schedule_or_number(f"{where}: {x}", value, types[x], stage) for x, value in given.items()})
-
-
-def read_call(node: ast.expr, known: dict, kind: str) -> tuple[str, list[tuple[str | None, ast.expr]]]:
-    """Name and (name or None, value) of the arguments of f(1, b=2), or of f alone."""
-    call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-    name = ast.unparse(call.func)
-    if name not in known:
-        raise ValueError(f"there is no {kind} {name!r}; the nearest is {nearest(name, known)!r}")
-    return name, [(None, x) for x in call.args] + [(x.arg, x.value) for x in call.keywords]
-
-
-def bind(where: str, name: str, arguments: list, names: list[str], required: list[str]) -> dict[str, ast.expr]:
-    """{name: value} of the arguments of a stage or schedule."""
-    bound, takes = {}, f"it takes {', '.join(names)}" if names else "it takes nothing"
-    for i, (key, value) in enumerate(arguments):
-        if key is None and i >= len(names):
-            raise ValueError(f"{where}: that is more than {name} takes; {takes}")
-        key = key or names[i]
-        if key not in names:
-            raise ValueError(f"{where}: {name} has no {key!r}; "
-                             + (f"the nearest is {nearest(key, names)!r}" if names else takes))
-        if key in bound:
-            raise ValueError(f"{where}: {key} is given twice")
-        bound[key] = value
-    for key in required:
-        if key not in bound:
-            raise ValueError(f"{where}: {key} is missing; {takes}")
-    return bound
-
-
-def schedule_or_number(where: str, node: ast.expr, kind: type, stage: Stage) -> float | Schedule | Named:
-    if not isinstance(node, ast.Call):
-        return number(where, node, kind)
-    if kind is int or stage.in_place:
-        raise ValueError(f"{where} is a constant of the program: it takes a number, not {ast.unparse(node)}")
-    if ast.unparse(node.func) == "names":
-        return read_names(where, node, kind)
-    return read_schedule(where, node, SCHEDULES, kind)
-
-
-def read_schedule(where: str, node: ast.expr, schedules: dict[str, Callable], kind: type = float, given: int = 1):
-    """One of some functions with its arguments after the first `given`, which it takes when it is called."""
-    name, arguments = read_call(node, schedules, "schedule")
-    parameters = list(inspect.signature(schedules[name]).parameters.values())[given:]
-    types = {p.name: p.annotation for p in parameters}
-    values = {x: read_schedule(f"{where}: {x}", value, schedules, kind, given)
-              if types[x] is inspect.Parameter.empty and isinstance(value, ast.Call) else
-              number(f"{where}: {x}", value, kind if types[x] is inspect.Parameter.empty else types[x], least=0)
-              for x, value in bind(where, name, arguments, list(types), list(types)).items()}
-    if not values.get("start", 0) < values.get("stop", 1):
-        raise ValueError(f"{where}: start={values['start']} is not before stop={values['stop']}")
-    return Schedule(schedules[name], values)
-
-
-def read_names(where: str, node: ast.Call, kind: type) -> Named:
-    if len(node.args) != 1 or not all(x.arg for x in node.keywords):
-        raise ValueError(f"{where}: write names(VALUE, PART_OF_A_NAME=VALUE, ...), not {ast.unparse(node)}")
-    return Named(number(where, node.args[0], kind), {x.arg: number(f"{where}: {x.arg}", x.value, kind)
-                                                     for x in node.keywords})
-
-
-def number(where: str, node: ast.expr, kind: type, least: int = 1) -> float:
-    """A literal, of the knob's type: whole and at least `least`, or in [0, 1), or finite and not negative."""
-    try:
-        value = ast.literal_eval(node)
-    except (ValueError, TypeError, MemoryError, RecursionError):
-        value = None
-    if kind is int:
-        right, words = type(value) is int and least <= value < 2**31, f"a whole number, at least {least}"
-    elif kind is BelowOne:
-        right, words = type(value) in (int, float) and 0 <= value < 1, "a number at least 0 and below 1"
-    elif kind is UpToOne:
-        right, words = type(value) in (int, float) and 0 < value <= 1, "a number above 0 and at most 1"
-    else:
-        right, words = type(value) in (int, float) and 0 <= value < 1e30, "a number, finite and not negative"
-    if not right:
-        raise ValueError(f"{where} is {words}, not {ast.unparse(node)}")
-    return int(value) if kind is int else float(value)
-
-
-def stages_of(text: str) -> list[str]:
-    """The names of the stages in a rule, or in a part of one."""
-    return [read_call(node, STAGES, "stage")[0] for node in chain(text)] if text else []
-
-
-def with_knob(text: str, name: str, knob: str, value: str) -> str:
-    """A rule's text with another value of a stage's knob. ValueError as Rule.of."""
-    nodes, new = chain(text), parse_expression(value, "a number or a schedule")
-    calls = [read_call(node, STAGES, "stage") for node in nodes]
-    index = [called for called, _ in calls].index(name)
-    names = list(STAGES[name].knobs)
-    bound = bind(name, name, calls[index][1], names, []) | bind(f"{name}.{knob}={value}", name, [(knob, new)], names, [])
-    in_order = [x for x in names if x in bound]
-    positional = in_order if in_order == names[:len(in_order)] else []
-    nodes[index] = ast.Call(ast.Name(name), [bound[x] for x in positional],
-                            [ast.keyword(x, bound[x]) for x in in_order if x not in positional])
-    read_part(nodes[index])
-    return " | ".join(ast.unparse(node) for node in nodes)
-
 
 ########################################
 #               Sharing                #
@@ -1093,8 +694,8 @@ class Aurora(torch.optim.Optimizer):
     >>> loss.item() < 0.1
     True
 
-    `update` is a rule of the language at the head of this file, checked when the group is added; groups may have rules of
-    their own. A convolution's filters can share their memory with a matrix that is optimized in their place: m =
+    `update` is a rule of the language of rules.py, checked when the group is added; groups may have rules
+    of their own. A convolution's filters can share their memory with a matrix that is optimized in their place: m =
     torch.nn.Parameter(conv.weight.detach().flatten(1)), and before each step m.grad = conv.weight.grad.flatten(1).
 
     Needs the sum, or the mean, of the ranks' gradients: all-reduce them, as DistributedDataParallel does. Parameters of
@@ -1104,9 +705,10 @@ class Aurora(torch.optim.Optimizer):
     differently for another size of stack. On a GPU the first step compiles, for each shape of a stack. Gradients are
     not changed.
 
-    Where there are several ranks, step() is a collective. The first one compares their weights, and each one which
-    parameters have a gradient; what does not fit is a ValueError on all of them. Ranks that have weights of their own
-    say so: process_group=dist.new_group([dist.get_rank()], use_local_synchronization=True).
+    Where there are several ranks, step() is a collective. The first one compares their weights, as does the next one
+    after any of them has added a group or loaded a state, and each one which parameters have a gradient; what does not
+    fit is a ValueError on all of them. Ranks that have weights of their own say so:
+    process_group=dist.new_group([dist.get_rank()], use_local_synchronization=True).
 
     state_dict() is none: it returns at once on any rank. Before, all ranks call consolidate_state_dict(), which gathers
     the state on rank 0 (or `to` another, or on all: to=None) up to the next step; without it, a rank that lacks a part
@@ -1121,7 +723,8 @@ class Aurora(torch.optim.Optimizer):
     """
 
     process_group = None
-    _compared = False  # whether the ranks were, since a group or a state was added
+    _compared = 0  # how many parameters the ranks had when they were last found to begin with the same
+    _new = True  # whether a group or a state has been added since
     _consolidated = False  # whether the state has been, since the last step
 
     def __init__(self, params, lr: float = 0.0375, update: str = RESULT_17, process_group=None):
@@ -1148,7 +751,7 @@ class Aurora(torch.optim.Optimizer):
         except ValueError:
             del self.param_groups[-1]
             raise
-        self._compared = False
+        self._new = True
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -1238,20 +841,29 @@ class Aurora(torch.optim.Optimizer):
         flags = [(p.grad is not None, p.grad is None and owner == rank,
                   p.grad is not None and p.grad.layout != torch.strided) for p, owner in owners.items()]
         if world > 1:
-            if not self._compared:
+            # of as many parameters as all ranks know of: where one has others by now, the first number says so
+            new = self._new or len(owners) != self._compared
+            some_new, sums = self._sums(new, [(0, 0, 0)] * self._compared if new else flags)
+            if some_new:
                 self._compare()
-            if flags:
-                counts = torch.tensor(flags, dtype=torch.int32, device=next(iter(owners)).device)
-                dist.all_reduce(counts, group=self.process_group)
-                flags = counts.tolist()
+                _, sums = self._sums(False, flags)
+            flags = sums
         for (p, owner), (has, lacks, sparse) in zip(owners.items(), flags):
             if sparse:
-                raise ValueError(f"{self._names()[p]} has a sparse gradient, and Aurora takes dense ones: an embedding makes "
-                                 "them with sparse=False")
+                raise ValueError(f"{self._names()[p]} has a sparse gradient, and Aurora takes dense ones: an embedding "
+                                 "makes them with sparse=False")
             if has and lacks:
-                raise ValueError(f"{self._names()[p]} has a gradient on another rank and none on rank {owner}, which owns it: "
-                                 "all-reduce gradients before the step, with zeros where a rank has none")
+                raise ValueError(f"{self._names()[p]} has a gradient on another rank and none on rank {owner}, which "
+                                 "owns it: all-reduce gradients before the step, with zeros where a rank has none")
         return {p for p, (has, _, _) in zip(owners, flags) if has}
+
+    def _sums(self, new: bool, flags: list[tuple]) -> tuple[int, list[list[int]]]:
+        """A collective: sums over the ranks, of whether one has something new and of the flags of each parameter."""
+        device = next((p.device for group in self.param_groups for p in group["params"]), None)
+        counts = torch.tensor([(new, 0, 0), *flags], dtype=torch.int32, device=device)
+        dist.all_reduce(counts, group=self.process_group)
+        (some_new, _, _), *sums = counts.tolist()
+        return some_new, sums
 
     def _compare(self):
         """A collective: ValueError on all ranks alike where they do not begin with the same parameters."""
@@ -1271,7 +883,7 @@ class Aurora(torch.optim.Optimizer):
                         raise ValueError(f"{name} has other {what} on rank {rank} than on rank 0{values}: give all "
                                          "ranks rank 0's before the first step, or Aurora a process_group of the ranks "
                                          "that share their weights (its docstring says how)")
-        self._compared = True
+        self._compared, self._new = len(seen), False
 
     # State
 
@@ -1349,7 +961,7 @@ class Aurora(torch.optim.Optimizer):
             kept = {name: x.to(p.device, copy=True) if isinstance(x, Tensor) else x
                     for name, x in state.items() if name != "step" and p in mine}
             self.state[p] = kept | dict(step=int(state["step"]))
-        self._compared = self._consolidated = False
+        self._new, self._consolidated = True, False
 
 
 def stacks(params) -> list[list]:
@@ -1392,8 +1004,8 @@ def check_settings(group: dict):
         raise ValueError(f"update is a text such as {RESULT_17!r}, not {update!r}")
     rule = Rule.of(update)
     if rule.views or rule.knobs(Named):
-        raise ValueError(f"update={update!r}: Aurora has no lookahead and no average, which need a model that is another "
-                         "while it is validated, and no names(), in whose place groups stand")
+        raise ValueError(f"update={update!r}: Aurora has no lookahead and no average, which need a model that is "
+                         "another while it is validated, and no names(), in whose place groups stand")
 
 
 def check_parameter(p: Tensor):

@@ -23,7 +23,8 @@ install() {  # install FILE: its pins into .venv, unless they are there
 
 if ! [ -x .venv/bin/pip ]; then
     command -v python3 >/dev/null || die "no python3: install it with: apt install python3 python3-venv"
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "Python 3.10 or newer is needed, this is $(python3 -V)"
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        die "Python 3.10 or newer is needed, this is $(python3 -V)"
     python3 -c 'import ensurepip, venv' 2>/dev/null || die "python3 cannot make a virtual environment: apt install $(
         python3 -c 'import sys; print("python3.%d-venv" % sys.version_info[1])')"
     python3 -m venv --clear .venv
@@ -37,7 +38,8 @@ fi
 
 gpus=$(.venv/bin/python -c 'from harness import doctor; print(len(doctor.find_gpus()[0]))')
 if [ "$gpus" != 0 ]; then
-    gpus=$(.venv/bin/python -c 'import torch; torch.zeros(1, device="cuda"); print(torch.cuda.device_count())' 2>/dev/null) ||
+    count='import torch; torch.zeros(1, device="cuda"); print(torch.cuda.device_count())'
+    gpus=$(.venv/bin/python -c "$count" 2>/dev/null) ||
         die "PyTorch cannot use the GPUs that nvidia-smi lists: .venv/bin/python -m harness.doctor may say why;" \
             "CUDA_VISIBLE_DEVICES= trains on the CPU"
 fi

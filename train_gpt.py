@@ -8,15 +8,21 @@ process. NAME=VALUE overrides a field of Hyperparameters below; @tiny takes the 
 Published: mean 3.278845 at step 3175, n=20, 8xH100, 157 ms a step. Descends from
 github.com/KellerJordan/modded-nanogpt, records/track_3_optimization/results/20260505_aurora.
 Read downwards: hyperparameters, data, model, banks of parameters, initial weights and rates, training. The optimizer is
-aurora.py; what any run needs, whatever it trains, is in harness/.
+aurora.py, whose language is rules.py; what any run needs, whatever it trains, is in harness/.
 """
 
 import math
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from pathlib import Path
+
+if __name__ == "__main__":  # while PyTorch is imported there is nothing to save, and Ctrl-C ends without a traceback
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import torch
@@ -24,7 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aurora import Rule, Shares, UpToOne, parse_expression, power, read_schedule
+from aurora import Shares
 from harness.arguments import Experiment, overridden
 from harness.ranks import Place, micro_batch_size
 from harness.run import launch
@@ -35,6 +41,7 @@ from kernels.cross_entropy import head_loss
 from kernels.mlp import relu2_mlp
 from kernels.norm import prenorm
 from kernels.qkv import qkv_heads
+from rules import Rule, UpToOne, parse_expression, power, read_schedule
 
 
 ########################################
@@ -58,7 +65,7 @@ class Hyperparameters:
     head_dim: int = 128
     mlp_expansion: float = 4.0  # neurons of an MLP, in model_dim
     activation: str = "relu2"  # or "swiglu", whose gate is a third matrix of the MLP
-    # update rules, in the language at the head of aurora.py; STAGE.KNOB=VALUE on the command line changes one number
+    # update rules, in the language of rules.py; STAGE.KNOB=VALUE on the command line changes one number
     matrix_update: str = "nesterov(0.95) | aurora(2, 0.5) | contra(0.4) | aspect | floor(0.35) | step"
     mlp_update: str = ""  # of the MLPs' matrices, where it is another
     matrix_lr: float = 0.0375  # the matrices of the blocks
@@ -125,7 +132,8 @@ class Hyperparameters:
 
     def rule(self, name: str) -> Rule:
         """The whole of matrix_update, mlp_update, adam_update or vector_update."""
-        text = getattr(self, name) or {"mlp_update": self.matrix_update, "vector_update": self.adam_update}.get(name, "")
+        others = {"mlp_update": self.matrix_update, "vector_update": self.adam_update}
+        text = getattr(self, name) or others.get(name, "")
         return Rule.of(" | ".join(filter(None, [text, self.final_update])))
 
     @property
@@ -135,7 +143,8 @@ class Hyperparameters:
     @property
     def metrics(self) -> list[str]:
         """The losses that a validation has: another one where a rule keeps an average."""
-        averages = any("average" in stage.state for stage, _ in self.rule("matrix_update").parts)
+        averages = any("val_ema_loss" in stage.views and "val_loss" not in stage.views
+                       for stage, _ in self.rule("matrix_update").parts)
         return ["val_loss"] + ["val_ema_loss"] * averages
 
 
@@ -386,8 +395,8 @@ class Bank:
 
     @torch.no_grad()
     def show(self, view: str, step: int):
-        """Collective: what the model holds after `step` steps while it is trained ("training") or validated (the name of
-        the loss). A rule without views has one for all."""
+        """Collective: what the model holds after `step` steps while it is trained ("training") or validated (the name
+        of the loss). A rule without views has one for all."""
         if self.rule.views and step:
             self.turn_knobs(step - 1)
             self.weights[self.shares.mine] = self.rule.view(view, self.masters, self.state, self.knobs)
@@ -555,7 +564,9 @@ def make_banks(model: GPT, hp: Hyperparameters, place: Place) -> list[Bank]:
     pool = torch.cuda.graph_pool_handle() if place.device.type == "cuda" else None
 
     def bank(params, slot, rule: str, rate: float, family: str = "adam", dtype=torch.float32) -> Bank:
-        return Bank(params, slot, hp.rule(rule), lambda step: rate * learning_rate_factor(step, hp, family), dtype, pool)
+        def lr(step: int) -> float:
+            return rate * learning_rate_factor(step, hp, family)
+        return Bank(params, slot, hp.rule(rule), lr, dtype, pool)
     banks = [bank(params, slot, rule, hp.matrix_lr, "matrix")
              for (slot, rule), params in sorted(matrices.items(), key=lambda x: -math.prod(x[0][0]))]
     banks += [bank({"head.weight": model.head.weight}, (), "adam_update", hp.head_lr),

@@ -51,11 +51,11 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 import train_gpt
-from aurora import COMPILED, Rule, advance_
 from bench import parse, roofline, run
 from bench.baseline import UnfusedGPT
 from kernels import bf16, cross_entropy, mlp, newton_schulz, norm, qkv
 from results import markdown, publish
+from rules import COMPILED, Rule, advance_
 
 CARD = SimpleNamespace(name="NVIDIA H100", type="cuda", index=0, major=9, minor=0, multi_processor_count=132,
                        warp_size=32, regs_per_multiprocessor=65536, max_threads_per_multi_processor=2048,

@@ -2,7 +2,7 @@
 
     python -m bench.optimizer [RULE ...] [@RECIPE] [NAME=VALUE ...] [-o FOLDER]
 
-A RULE, a text in the language of aurora.py or a name in bench.RULES (default: muon), stands beside aurora, the rule of
+A RULE, a text in the language of rules.py or a name in bench.RULES (default: muon), stands beside aurora, the rule of
 the recipe, which is result #17 on a GPU, @tiny without one. First all step three times from equal weights and
 gradients, which are random, and aurora is held against the published form (bench/baseline.py); on a GPU the third step
 is a replayed CUDA graph. Then all step in turn, in one process, with the collectives of one rank. Memory is what a step

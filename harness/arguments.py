@@ -2,13 +2,14 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
-from aurora import nearest, stages_of, with_knob
+from rules import nearest, stages_of, with_knob
 
 
 class Experiment(NamedTuple):
@@ -71,6 +72,13 @@ def recipe(name: str, root: Path) -> list[str]:
         raise ValueError(f"{path} is no recipe: it is a text of at most 64 KiB, one NAME=VALUE a line") from None
     lines = (line.split("#")[0].strip() for line in text.splitlines())
     return [line for line in lines if line]
+
+
+def result_of(word: str = "@17_aurora") -> int:
+    """The number of the published result whose recipe a word names, 0 for none; without a word there are the defaults.
+    """
+    numbered = re.fullmatch(r"@(?:.*/)?(\d+)_[^/]*(?:/recipe)?", word)
+    return int(numbered[1]) if numbered else 0
 
 
 def departures(hp, rules: dict) -> list[str]:

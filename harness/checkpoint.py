@@ -155,8 +155,8 @@ def read_checkpoint(folder: Path) -> dict:
 # and Ctrl-C save and stop; under nohup, which asks that a run outlives its terminal, SIGHUP saves alone. The place in
 # the data follows from the step; nothing is drawn at random after the initial weights.
 
-STATE = dict(hyperparameters=dict, source_sha256=str, end=int, neurons=int, every=int, failed=bool, seed=int, step=int,
-             trial=dict, banks=list, lengths=dict)  # `end`: of the seeds
+STATE = dict(hyperparameters=dict, source_sha256=str, end=int, neurons=int, every=int, failed=bool, result=int,
+             seed=int, step=int, trial=dict, banks=list, lengths=dict)  # `end`: of the seeds
 SAVE, STOP = 1, 2  # what a signal asks for: a checkpoint; a checkpoint and the end
 SIGNALS = {signal.SIGUSR1: SAVE, signal.SIGTERM: STOP, signal.SIGINT: STOP, signal.SIGHUP: STOP}
 
@@ -185,13 +185,15 @@ def read_state(folder: Path) -> dict:
 
 
 class Signals:
-    """What signals have requested of this process. Where they are not heeded, SIGUSR1 is ignored, and the handlers of
-    those that stop stay as they were."""
+    """What signals have requested of this process. Where they are not heeded, SIGUSR1 is ignored, Ctrl-C is Python's
+    KeyboardInterrupt, and the others that stop do what they did."""
 
     def __init__(self, heeded: bool):
         self.heeded, self.request = heeded, 0
         if not heeded:
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as train_gpt.py begins
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             return
         asks = SIGNALS | ({signal.SIGHUP: SAVE} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else {})
         for number in asks:

@@ -4,11 +4,12 @@
 
 The exit code is 0 where nothing would end the run. Uses no GPU, and PyTorch only in a process of its own.
 
-How much memory a step takes is computed, not measured, and meant as a bound: 18 bytes a parameter (bf16 weight, fp32
-master and gradient, two fp32 moments); for each token of a micro-batch what the backward pass needs: in bf16 a layer's
-8 vectors of model_dim and 1 of mlp_dim (swiglu: 3), 8 vectors beside the layers, and the logits; RESERVE. It is at most
-a tenth above what bench/graph.py counts. GPUs that do not run the kernels keep 2 vectors of mlp_dim, and 8 bytes a
-logit (bf16, its gradient, an fp32 copy).
+How much memory a step takes is computed, not measured, and meant as a bound: 8 bytes a parameter (weight and gradient
+in bf16, the gradients' sum in fp32); of the parameters that a GPU owns, their masters, what the update rule keeps, and
+what passes while the stack that needs most is updated, as PyTorch's meta device counts them; for each token of a
+micro-batch what the backward pass needs: in bf16 a layer's 8 vectors of model_dim and 1 of mlp_dim (swiglu: 3), 8
+vectors beside the layers, and the logits; RESERVE. It is at most a tenth above what bench/graph.py counts. GPUs that do
+not run the kernels keep 2 vectors of mlp_dim, and 8 bytes a logit (bf16, its gradient, an fp32 copy).
 """
 
 import argparse
@@ -30,7 +31,6 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG_BYTES = 20 * 2**20  # source, lines and sidecar of a long run with --neurons
-STATE_BYTES = 12  # of a checkpoint, a parameter at most: fp32, and two moments
 RESERVE = 2 * 2**30  # bytes of a GPU for CUDA, NCCL, workspaces and what the allocator cannot use
 IN_USE = 2**30  # bytes of a GPU that something else holds; a desktop holds less
 TRAINED_WITH = "torch", "triton", "numpy", "tqdm"  # packages; the others are of data/, studies/ and --wandb
@@ -39,20 +39,7 @@ INSTALL = "python -m pip install -r requirements.txt"
 # docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
 FIELDS = "index", "uuid", "driver_version", "mig.mode.current", "name", "compute_cap", "memory.total", "memory.used"
-# What the trainer makes of its arguments, as JSON, then its dry run
-PROBE = """
-import json, sys, train_gpt
-from harness.arguments import complain, parse
-from harness.run import recall
-from harness.shards import fineweb_shards
-try:
-    args, hp, *_ = recall(train_gpt.EXPERIMENT, parse(sys.argv[1:]))
-    print(json.dumps(vars(hp) | dict(mlp_dim=hp.mlp_dim, trials=args.trials, checkpoints=args.checkpoint_every,
-                                     fineweb_shards=fineweb_shards(hp))))
-except (OSError, ValueError) as error:
-    complain(error)
-train_gpt.main(["--dry-run", *sys.argv[1:]])
-"""
+PROBE = "import sys; from harness.doctor import probe; probe(sys.argv[1:])"
 
 
 class Finding(NamedTuple):
@@ -60,6 +47,17 @@ class Finding(NamedTuple):
     why: str
     mend: str
     ends: bool = True  # the run, at once or late; False: it spoils or slows it, or may end it
+
+
+class Kept(NamedTuple):
+    """What the owner of a bank's slots, which are matrices or numbers, has of each of them."""
+    slots: int
+    bytes: int  # master, and what the update rule keeps; a checkpoint holds them too
+    passing: float  # bytes that an update takes beside that, while it runs
+
+    def share(self, world: int) -> int:
+        """Slots of one of `world` processes, padding included."""
+        return -(-self.slots // world)
 
 
 class Gpu(NamedTuple):
@@ -79,12 +77,14 @@ def doctor(words: list[str], price: float | None = None) -> dict:
     world = int(asked) if asked.isdecimal() and int(asked) else max(1, len(gpus))
     run, plan, complaints = dry_run(words or ([] if gpus else ["@tiny"]), world)
     parameters = int(plan.split(" ")[0].replace(",", "")) if plan else 0
-    findings += [*packages(gpus), *driver(gpus), *waits(gpus), *taken(gpus), *port(), *resolves()]
+    findings += [*packages(gpus), *driver(gpus), *waits(gpus), *taken(gpus), *port(), *resolves(), *options()]
+    saved = 0
     if plan:
-        plan = "\n".join([plan, *estimate(run, plan, gpus, world, price)])
+        size = checkpoint_bytes(run, world)
+        saved = 2 * size if run["checkpoints"] else 0  # the old one stays until the new is whole
+        plan = "\n".join([plan, f"a checkpoint: {size / 1e9:.3g} GB", *estimate(run, plan, gpus, world, price)])
         findings += memory(run, parameters, gpus, world)
-    kept = 2 * STATE_BYTES * parameters if run and run["checkpoints"] else 0  # the old one stays until the new is whole
-    findings += [*disk(Path("logs"), kept), *complaints]
+    findings += [*disk(Path("logs"), saved), *complaints]
     return {"verdict": not any(f.ends for f in findings), "python": sys.version.split()[0], "torch": version("torch"),
             "gpus": [gpu._asdict() for gpu in gpus], "plan": plan, "findings": [f._asdict() for f in findings]}
 
@@ -248,12 +248,20 @@ def taken(gpus: list[Gpu]) -> list[Finding]:
             for gpu in gpus if gpu.total is not None and gpu.used > IN_USE]
 
 
-def step_bytes(run: dict, parameters: int, sequences: int, kernels: bool) -> int:
+def checkpoint_bytes(run: dict, world: int) -> int:
+    """The tensors of a checkpoint: masters and states of all slots, and the padding that makes the processes' shares
+    equal, which the file of gathered buffers holds too."""
+    return sum(kept.share(world) * world * kept.bytes for kept in run["banks"])
+
+
+def step_bytes(run: dict, parameters: int, sequences: int, kernels: bool, world: int) -> float:
     """The memory that a step takes with a micro-batch of so many sequences, after the model above."""
     hidden = 3 if run["activation"] == "swiglu" else 1 if kernels else 2
     layer = 8 * run["model_dim"] + hidden * run["mlp_dim"]
     token = 2 * (run["num_layers"] * layer + 8 * run["model_dim"]) + (2 if kernels else 8) * run["vocab_size"]
-    return 18 * parameters + sequences * run["sequence_length"] * token + RESERVE
+    owned = sum(kept.share(world) * kept.bytes for kept in run["banks"])
+    passing = max(kept.share(world) * kept.passing for kept in run["banks"])
+    return 8 * parameters + owned + passing + sequences * run["sequence_length"] * token + RESERVE
 
 
 def memory(run: dict, parameters: int, gpus: list[Gpu], world: int) -> list[Finding]:
@@ -266,7 +274,7 @@ def memory(run: dict, parameters: int, gpus: list[Gpu], world: int) -> list[Find
     sizes = [n for n in range(1, min(sequences, run["micro_batch"]) + 1) if sequences % n == 0]  # as the trainer does
     free = min((gpu.total - gpu.used for gpu in gpus if gpu.total is not None), default=sys.maxsize)
     kernels = all(gpu.capability[0].isdigit() and float(gpu.capability) >= 8 for gpu in gpus)  # or [N/A]
-    needs = {n: step_bytes(run, parameters, n, kernels) for n in sizes}
+    needs = {n: step_bytes(run, parameters, n, kernels, world) for n in sizes}
     fitting = [n for n in sizes if needs[n] <= free]
     if fitting == sizes:
         return found
@@ -352,6 +360,79 @@ def resolves() -> list[Finding]:
                         "torchrun --local-addr localhost, or the name in /etc/hosts", ends=False)]
 
 
+def options() -> list[Finding]:
+    """What torchrun by hand takes from the environment for options of its own."""
+    return [Finding(f"{name}={value} in the environment", "torchrun takes it for one of its options, such as a number "
+                    "of machines to wait for; ./run.sh does not", f"unset {name}", ends=False)
+            for name, value in sorted(os.environ.items()) if name.startswith("PET_")]
+
+
+def banks(hp) -> list[Kept]:
+    """Of the trainer's banks, as it would allocate them for `hp`. Needs PyTorch; allocates nothing."""
+    import torch
+    from harness.ranks import Place
+    from train_gpt import GPT, make_banks
+
+    with torch.device("meta"):
+        made = make_banks(GPT(hp), hp, Place(0, 1, torch.device("meta")))
+    return [Kept(bank.shares.count, sum(x.nbytes for x in (bank.masters, *bank.state.values())) // bank.shares.padded,
+                 passing(bank) / bank.shares.padded) for bank in made]
+
+
+def passing(bank) -> int:
+    """Bytes of the tensors that exist at once, at most, in the first part of a bank's update and in the second: the two
+    together, as on a GPU the first has memory of its own. The whole stack is updated at once, as there, but stage by
+    stage: a compiled program takes no more. Meta tensors have sizes, and no content."""
+    import weakref
+    import torch
+    from rules import advance_
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    if bank.rule.in_place:  # in place
+        return 0
+
+    class Alive(TorchDispatchMode):
+        held = most = 0
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            made = operation(*args, **kwargs or {})
+            for storage in {x.untyped_storage() for x in tree_leaves(made) if isinstance(x, torch.Tensor)}:
+                if storage not in known:
+                    known.add(storage)
+                    weakref.finalize(storage, self.free, storage.nbytes())
+                    self.held += storage.nbytes()
+            self.most = max(self.most, self.held)
+            return made
+
+        def free(self, size: int):
+            self.held -= size
+
+    known = weakref.WeakSet(x.untyped_storage() for x in (bank.masters, bank.gradients, *bank.state.values()))
+    knobs = {name: torch.zeros((), device="meta") for name in bank.knobs}
+    with Alive() as first:
+        advance_(bank.rule, bank.masters, bank.gradients, bank.state, knobs)
+    with Alive() as second:
+        bank.rule.after_(bank.state, 1)
+    return first.most + second.most
+
+
+def probe(words: list[str]):
+    """Print what the trainer makes of its arguments, as JSON, then its dry run. Needs PyTorch."""
+    import train_gpt
+    from harness.arguments import complain, parse
+    from harness.run import recall
+    from harness.shards import fineweb_shards
+
+    try:
+        args, hp, *_ = recall(train_gpt.EXPERIMENT, parse(words))
+        print(json.dumps(vars(hp) | dict(mlp_dim=hp.mlp_dim, trials=args.trials, checkpoints=args.checkpoint_every,
+                                         fineweb_shards=fineweb_shards(hp), banks=banks(hp))))
+    except (OSError, ValueError) as error:
+        complain(error)
+    train_gpt.main(["--dry-run", *words])
+
+
 def dry_run(words: list[str], world: int) -> tuple[dict | None, str, list[Finding]]:
     """What the trainer makes of its arguments; what it says it would do; its complaint as a finding, which names its
     remedy after a colon."""
@@ -360,6 +441,8 @@ def dry_run(words: list[str], world: int) -> tuple[dict | None, str, list[Findin
                          env={"WORLD_SIZE": str(world)} | os.environ | {"PYTHONPATH": path})
     hyperparameters, _, plan = run.stdout.strip().partition("\n")
     values = json.loads(hyperparameters) if hyperparameters else None
+    if values:
+        values["banks"] = [Kept(*kept) for kept in values["banks"]]
     if not run.returncode:
         return values, plan, []
     complaint = (run.stderr.strip().splitlines() or ["it says nothing"])[-1].removeprefix("train_gpt.py: ")

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import os
 import signal
+import socket
 import sys
 import time
 import uuid
@@ -15,11 +16,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from harness.arguments import Experiment, complain, departures, overridden, parse
+from harness.arguments import Experiment, complain, departures, overridden, parse, result_of
 from harness.checkpoint import Signals, Writer, folder_of, read_state
 from harness.heartbeat import Heartbeat
 from harness.log import SEPARATOR, RunLog, facts, finished_seeds, log_files, mirror_to_wandb, moved
-from harness.log import source_of_run, source_sha256
+from harness.log import say, source_of_run, source_sha256
 from harness.ranks import Place, check_place, join, micro_batch_size
 from harness.shards import find_shards, fineweb_shards
 from harness.trial import Trial
@@ -37,12 +38,15 @@ class Start(NamedTuple):
     hp: object  # the experiment's hyperparameters
     state: dict | None = None  # of the checkpoint that the first trial goes on from
     head: object = None  # of a resumed run, the hyperparameters at the head of its log; micro_batch may be another
+    result: int = 0  # the published one whose curve the progress bar shows the run beside; 0 is none
 
 
 def recall(experiment: Experiment, args: argparse.Namespace) -> Start:
     """What the arguments ask for, and the checkpoint that they name says. ValueError where the two do not fit."""
     if not (args.resume or args.fork_from):
-        return Start(args, overridden(experiment, args.overrides))
+        hp, recipes = overridden(experiment, args.overrides), [word for word in args.overrides if word.startswith("@")]
+        result = result_of(*[word for word in recipes if result_of(word)][-1:])
+        return Start(args, hp, result=shown_beside(result, hp, overridden(experiment, recipes)))
     named = [args.resume or args.fork_from, *filter(os.path.exists, args.overrides)]
     if len(named) > 1:  # of logs/*.checkpoint the shell makes all that there are
         newest = max(named, key=lambda path: os.path.exists(path) and os.path.getmtime(path))
@@ -50,7 +54,8 @@ def recall(experiment: Experiment, args: argparse.Namespace) -> Start:
     folder = folder_of(named[0])
     state = read_state(folder)
     words = [f"{name}={value}" for name, value in state["hyperparameters"].items()]
-    same = state["hyperparameters"].keys() == vars(experiment.hyperparameters()).keys()  # else its words are unknown here
+    # where the names are others, its words are unknown here
+    same = state["hyperparameters"].keys() == vars(experiment.hyperparameters()).keys()
     before = overridden(experiment, words) if same else None
     if not same or state["source_sha256"] != source_sha256(source_of_run(experiment.script, before)):
         raise ValueError(f"{folder} is of another version of this program: check out the commit that its log names")
@@ -59,10 +64,18 @@ def recall(experiment: Experiment, args: argparse.Namespace) -> Start:
         settled = dict(resume=str(folder), seed=state["seed"], trials=state["end"] - state["seed"],
                        neurons=state["neurons"], checkpoint_every=state["every"])
         hp = overridden(experiment, words + args.overrides)
-        return Start(argparse.Namespace(**vars(args) | settled), hp, state, before)
+        return Start(argparse.Namespace(**vars(args) | settled), hp, state, before, state["result"])
     hp = overridden(experiment, words + args.overrides)
     check_fork(hp, before, state, folder)
-    return Start(argparse.Namespace(**vars(args) | dict(seed=state["seed"], trials=1)), hp, state)
+    return Start(argparse.Namespace(**vars(args) | dict(seed=state["seed"], trials=1)), hp, state,
+                 result=shown_beside(state["result"], hp, before))
+
+
+def shown_beside(result: int, hp, recipe) -> int:
+    """The published result, or 0 where the run is to have another schedule or to claim another metric than its
+    recipe, whose curve would then tell nothing of it."""
+    decisive = (name for name in vars(hp) if name.endswith(("_schedule", "_steps")) or name == "metric")
+    return result * all(getattr(hp, name) == getattr(recipe, name) for name in decisive)
 
 
 def check_resume(args: argparse.Namespace, state: dict, folder: Path):
@@ -104,7 +117,7 @@ class Run:
 
     def __init__(self, experiment: Experiment, start: Start, place: Place, shards: dict, val_shards: dict):
         self.experiment, self.place, self.shards, self.val_shards = experiment, place, shards, val_shards
-        self.args, self.hp, self.state, head = start
+        self.args, self.hp, self.state, head, self.result = start
         self.head = head or self.hp
         self.root = experiment.script.parent
         self.failed = bool(self.args.resume) and self.state["failed"]  # whether a trial has
@@ -132,7 +145,7 @@ class Run:
                 self.state = None
         self.writer.wait()
         if self.place.rank == 0:
-            print(f"log: {self.log.text.name}")
+            say(f"log: {self.log.text.name}")
 
     def resumed(self) -> str:
         """The line where a run goes on, with what is another than its log's head tells."""
@@ -177,7 +190,7 @@ class Run:
         """What a checkpoint holds of the run."""
         return dict(hyperparameters=vars(self.head), end=self.args.seed + self.args.trials, neurons=self.args.neurons,
                     source_sha256=source_sha256(source_of_run(self.experiment.script, self.head)),
-                    every=self.args.checkpoint_every, failed=self.failed)
+                    every=self.args.checkpoint_every, failed=self.failed, result=self.result)
 
 
 ########################################
@@ -187,9 +200,9 @@ class Run:
 def launch(experiment: Experiment, argv: list[str]):
     """A command line, from its words to the exit code."""
     args = parse(argv, experiment.description)
-    end_with_launcher()
     try:
         rank, local_rank, world = standing()
+        end_with_launcher()
         start = recall(experiment, args)
         if args.fineweb_shards:
             print(fineweb_shards(start.hp))
@@ -231,9 +244,20 @@ def standing() -> tuple[int, int, int]:
 
 
 def end_with_launcher():
-    """Ask Linux for a SIGTERM when torchrun is gone, whatever ended it: a worker that stays holds its GPU."""
+    """Ask Linux for a SIGTERM when torchrun is gone, whatever ended it: a worker that stays holds its GPU. ValueError
+    where it is gone already: it kept the store at which the ranks meet, and they would wait half an hour for it."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and "MASTER_ADDR" in os.environ:
+        address = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "0"))
+        try:
+            with socket.create_connection(address, timeout=10):
+                pass
+        except ConnectionRefusedError:
+            raise ValueError(f"torchrun is gone: nobody answers at {address[0]}:{address[1]}, where it keeps the store "
+                             "of this job; by hand, unset TORCHELASTIC_USE_AGENT_STORE") from None
+        except OSError:
+            pass  # joining tells
 
 
 def checked(hp, local_rank: int, world: int) -> tuple[dict[str, int], dict[str, int]]:

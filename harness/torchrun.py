@@ -18,9 +18,6 @@ import sys
 import threading
 from pathlib import Path
 
-from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
 CHILDREN = Path(f"/proc/self/task/{os.getpid()}/children")  # of the main thread, which starts the workers
 
 
@@ -32,7 +29,8 @@ def hand_on(number: int, as_number: int):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(worker), as_number)
         if not workers and as_number != signal.SIGUSR1:
-            sys.exit(f"run.sh: ended by {signal.Signals(number).name}")
+            os.write(2, f"run.sh: ended by {signal.Signals(number).name}\n".encode())
+            os._exit(1)  # an exception may get lost where PyTorch is being imported
     signal.signal(number, handler)
 
 
@@ -83,10 +81,14 @@ def judge(log: str | None, words: list[str]) -> int:
 
 
 def main(words: list[str]):
+    for name in filter(lambda name: name.startswith("PET_"), list(os.environ)):  # torchrun's options, of another job
+        del os.environ[name]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         hand_on(number, number)
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # as nohup has it
     hand_on(signal.SIGHUP, signal.SIGUSR1 if ignored else signal.SIGHUP)
+    from torch.distributed import run  # it takes seconds, in which a signal is answered as later
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     logging.disable(logging.CRITICAL)  # of torch.distributed.elastic
     os.environ["PYTHONUNBUFFERED"] = "1"  # for the workers, whose lines go through a pipe
     # --local-addr: without it all wait for minutes where the name of this machine does not resolve. PyTorch's own

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from harness.arguments import complain
 from harness.checkpoint import STOP
-from harness.log import log_files
+from harness.log import log_files, say
 from harness.neurons import owned_neurons, record_neurons
 from harness.ranks import Place
 
@@ -67,7 +67,7 @@ class Trial:
         self.bar = tqdm(total=self.hp.last_step, desc=f"seed {seed}", leave=False,
                         disable=None if self.place.rank == 0 else True,
                         bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n}/{total}{postfix} [{elapsed}<{remaining}]")
-        self.reference = read_reference(self.hp, run.root)
+        self.reference = read_reference(self.hp, run.result, run.root)
         self.initial = math.inf  # the validation loss before the first step
         self.clock = Clock(self.place)
         self.validated_at = self.logged_at = (0, 0.0)  # step, seconds
@@ -144,7 +144,7 @@ class Trial:
             yield
 
     def validated(self, step: int, losses: dict[str, float]):
-        """Diverged where the first of the losses is not finite or, from a tenth of the steps on, above that of step 0."""
+        """Diverged where the first loss is not finite or, from a tenth of the steps on, above that of step 0."""
         val_loss = next(iter(losses.values()))
         seconds, (before, since) = self.clock.seconds, self.validated_at
         step_avg = (seconds - since) / (step - before) if step else math.nan
@@ -154,8 +154,9 @@ class Trial:
         self.log.line(line)
         self.log.record(seed=self.seed, step=step, **losses, train_time=seconds)
         if self.place.rank == 0:
-            self.bar.write(line)
-        self.bar.set_description_str(f"seed {self.seed}" + against_reference(step, val_loss, self.reference))
+            say(line, self.bar.write)
+        beside = against_reference(step, losses[self.hp.metric], self.run.result, self.reference)
+        self.bar.set_description_str(f"seed {self.seed}" + beside)
         if step == 0:
             self.initial = val_loss
         diverged = step >= 0.1 * self.hp.train_steps and val_loss > self.initial
@@ -199,21 +200,25 @@ def peak_memory(place: Place) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def read_reference(hp, root: Path) -> dict[int, tuple]:
-    """{step: (mean, sd, slope, half_width)} of result #17 (records/published), for display; empty for another recipe
-    and where the file is not there."""
-    path = root / "records" / "published" / "reference_17.csv"
+def read_reference(hp, result: int, root: Path) -> dict[int, tuple]:
+    """{step: (mean, sd, slope, half_width)} of a published result (records/published), for display; empty where its
+    curves are not of the run's metric and length, by the schedule or by the end, and where the file is not there."""
+    path = root / "records" / "published" / "reference.csv"
     if hp.target_loss != 3.28 or not path.is_file():
         return {}
-    rows = [line.split(",") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
-    return {int(step): tuple(map(float, row)) for step, *row in rows} if rows[-1][0] == str(hp.train_steps) else {}
+    lines = [line.split(",") for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [line[2:] for line in lines if line[:2] == [str(result), hp.metric]]
+    found = {int(step): tuple(map(float, row)) for _, step, *row in rows}
+    lengths = {int(length) for length, *_ in rows} | {max(found, default=0)}  # #45 ends at 2720 of 2900
+    return found if lengths & {hp.train_steps, hp.last_step} else {}
 
 
-def against_reference(step: int, val_loss: float, reference: dict[int, tuple]) -> str:
-    """How far the loss is from result #17's, in deviations between its runs; after 60% of the steps also the final
-    loss that this foretells, +- 95%. Before that the interval is too wide to be useful. Neither is a reason to stop."""
+def against_reference(step: int, loss: float, result: int, reference: dict[int, tuple]) -> str:
+    """How far the loss that the run claims is from the published result's, in deviations between its runs; after 60% of
+    the steps also the final loss that this foretells, +- 95%. Before that the interval is too wide to be useful.
+    Neither is a reason to stop."""
     if step not in reference:
         return ""
     (mean, sd, slope, half_width), last = reference[step], max(reference)
-    final = f", final {reference[last][0] + slope * (val_loss - mean):.4f} +- {half_width:.4f}"
-    return f" #17 {(val_loss - mean) / sd:+.1f} sd" + final * (0.6 * last <= step < last)
+    final = f", final {reference[last][0] + slope * (loss - mean):.4f} +- {half_width:.4f}"
+    return f" #{result} {(loss - mean) / sd:+.1f} sd" + final * (0.6 * last <= step < last)

@@ -6,8 +6,8 @@ Backwards the two meet again. Of the gradients g and dh:
 
     dx = g + r (u - n mean(n u)),    u = dh w,    dw = sum of dh n,    db = sum of g
 
-The sums are over the tokens. This kernel reads g anyway; where f's last product is, the bias gradient db would cost a pass
-over memory of its own.
+The sums are over the tokens. This kernel reads g anyway; where f's last product is, the bias gradient db would cost a
+pass over memory of its own.
 """
 
 import torch

@@ -7,7 +7,8 @@ gradient g of its result turns back, h = R_-t g, and passes the norm: dz = r (h 
 rms(z). db sums dq, dk and dv over the tokens.
 
 The forward pass overwrites z with its result. The backward pass recovers n by rotating back, so only r, one number per
-head and token, is saved. torch.compile would save z too, and compute h in three fp32 passes (bench/graph.py shows such).
+head and token, is saved. torch.compile would save z too, and compute h in three fp32 passes (bench/graph.py shows
+such).
 """
 
 import torch

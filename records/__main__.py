@@ -86,7 +86,7 @@ JSON = argument("--json", action="store_true", help="for machines")
 ALL = argument("--all", action="store_true", help="show every common step, not only the last")
 READING = (
     argument("--mixed", action="store_true", help="look at runs that are not one sample"),
-    argument("--metric", default="val_loss", metavar="NAME", help="the loss to read (default val_loss)"),
+    argument("--metric", metavar="NAME", help="the loss to read (default: the one that the program claims)"),
 )
 
 
@@ -108,8 +108,8 @@ def reproduce(options: argparse.Namespace) -> int:
     """is it the same as a published result? an equivalence test, from one run on"""
     from records import reproduce as desk
     from records.sample import gather
-    published = gather([str(options.of)], options.mixed)
-    result = desk.reproduce(gather(options.logs, options.mixed, options.metric), published)
+    published = gather([str(options.of)], options.mixed, options.metric)
+    result = desk.reproduce(gather(options.logs, options.mixed, options.metric or published.metric), published)
     return show(result, desk.text(result), options)
 
 
@@ -124,10 +124,10 @@ def compare(options: argparse.Namespace) -> int:
     return show(result, desk.text(result, options.all), options)
 
 
-@verb("diff logs/OLD.txt logs/NEW.txt", argument("a", metavar="A", help="a log, or a .py file"),
+@verb("diff 17_aurora 36_muon_tuned", argument("a", metavar="A", help="a log, a .py file, or a recipe's folder"),
       argument("b", metavar="B"), JSON)
 def diff(options: argparse.Namespace) -> int:
-    """what changed between two programs: constants, then source by section; code 0 where nothing did"""
+    """what changed between two programs or recipes: update rules, constants, source; code 0 where nothing did"""
     from records import diff as desk
     result = desk.diff(options.a, options.b)
     return show(result, desk.text(result), options)
@@ -165,7 +165,7 @@ def plot(options: argparse.Namespace) -> int:
     from records.sample import from_published, gather
     output = free(options.output)
     sets = [gather([name], options.mixed, options.metric) for name in options.sets]
-    desk.plot(sets, [from_published(record) for record in options.over], output)
+    desk.plot(sets, [from_published(record, options.metric) for record in options.over], output)
     print(options.output)
     return 0
 

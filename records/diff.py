@@ -1,4 +1,4 @@
-"""`diff`: what changed between the programs of two logs: constants first, then source by section."""
+"""`diff`: what changed between two programs or recipes: update rules stage by stage, constants, source by section."""
 
 import ast
 import difflib
@@ -8,8 +8,8 @@ from pathlib import Path
 
 from records.log import Log, expand, read, read_bytes
 from records.program import constants, parse, recipe, sections
+from records.recipes import TRAINER, align, find, meaning, read_recipe, side_by_side, values
 
-TRAINER = Path(__file__).resolve().parent.parent / "train_gpt.py"
 # The rules of the track fix the data, the architecture, the batch and the evaluation.
 FIXED_SECTIONS = ("data", "model", "evaluation")
 
@@ -63,19 +63,49 @@ def fixed() -> re.Pattern:
 
 
 def diff(a: str, b: str) -> dict:
-    """The verdict is that both are the same recipe."""
+    """The verdict is that both are the same. Where one is a recipe, the fields of Hyperparameters are compared."""
+    if find(a) or find(b):
+        old, new = fields(a), fields(b)
+        names = [name for name in old | new if meaning(old.get(name, "")) != meaning(new.get(name, ""))]
+        return {"verdict": not names, "a": a, "b": b, **compare_constants(old, new, names), "sections": []}
     old, new = program(a), program(b)
     before, after = constants(old), constants(new)
-    names = [name for name in [*before, *(n for n in after if n not in before)] if before.get(name) != after.get(name)]
     parts = (sections(old), sections(new))
     titles = list(dict.fromkeys([*parts[0], *parts[1]]))
     return {
         "verdict": recipe(old) == recipe(new), "a": a, "b": b,
-        "constants": [{"name": name, "a": before.get(name), "b": after.get(name), "fixed": bool(fixed().search(name))}
-                      for name in names],
+        **compare_constants(before, after, [name for name in before | after if before.get(name) != after.get(name)]),
         "sections": [section for title in titles
                      if (section := compare_section(title, *(part.get(title, []) for part in parts)))],
     }
+
+
+def fields(name: str) -> dict[str, str]:
+    """Of a recipe, or of a program's Hyperparameters; without micro_batch, which changes no result."""
+    path = find(name)
+    found = read_recipe(path) if path else values(program(name))
+    if not found:
+        raise ValueError(f"{name} has no class Hyperparameters to hold against a recipe")
+    return {field: value for field, value in found.items() if field != "micro_batch"}
+
+
+def compare_constants(a: dict[str, str], b: dict[str, str], names: list[str]) -> dict[str, list[dict]]:
+    """What differs by name: the update rules, each with the `align`ed stages, and all else."""
+    found = {"rules": [], "constants": []}
+    for name in names:
+        old, new = a.get(name), b.get(name)
+        try:
+            if not name.endswith("_update"):
+                raise ValueError
+            found["rules"].append({"name": name, "stages": align(unquoted(old), unquoted(new))})
+        except (SyntaxError, ValueError):
+            found["constants"].append({"name": name, "a": old, "b": new, "fixed": bool(fixed().search(name))})
+    return found
+
+
+def unquoted(text: str | None) -> str:
+    """A rule as a person types it, also where it is a literal of a program."""
+    return ast.literal_eval(text) if text and text[0] in "'\"" else text or ""
 
 
 def compare_section(title: str, a: list[str], b: list[str]) -> dict | None:
@@ -94,6 +124,8 @@ def text(result: dict) -> str:
     lines = [f"a: {result['a']}", f"b: {result['b']}"]
     if result["verdict"]:
         return "\n".join([*lines, "SAME: nothing differs but layout, comments, docstrings, seed and micro-batch"])
+    for rule in result["rules"]:
+        lines += ["", f"{rule['name']} (! other knobs, < only in a, > only in b)", *side_by_side(rule["stages"])]
     if result["constants"]:
         lines += ["", "constants (! touches data, model, batch or evaluation, which the rules fix)"]
         lines += [f"{'!' if row['fixed'] else ' '} {row['name']}: {row['a'] or '-'} -> {row['b'] or '-'}"
@@ -103,5 +135,6 @@ def text(result: dict) -> str:
         lines += ["", f"{section['title']}: {section['removed']} lines out, {section['added']} in{mark}",
                   *section["lines"]]
     fixed = sum(part["fixed"] for part in result["constants"] + result["sections"])
-    return "\n".join([*lines, "", f"DIFFERENT: {len(result['constants'])} constants, {len(result['sections'])} sections"
-                      f"; {fixed} of them touch data, model, batch or evaluation"])
+    rules = f"{len(result['rules'])} rules, " * bool(result["rules"])
+    return "\n".join([*lines, "", f"DIFFERENT: {rules}{len(result['constants'])} constants, {len(result['sections'])} "
+                      f"sections; {fixed} of them touch data, model, batch or evaluation"])

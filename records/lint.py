@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from records.diff import TRAINER, program, rules
+from records.diff import program, rules
 from records.program import UPSTREAM_TARGET, constants, fingerprint, hyperparameters, number, parse, sections, target
+from records.recipes import TRAINER
 
 # Of upstream's train_gpt_simple.py, over its history up to commit f411b3d3: layout, comments and docstrings aside.
 UPSTREAM = {"data": ("56e689ed", "ddd436d0", "a4f95bbf"), "model": ("c2accb4d", "a07c0f3b")}

@@ -13,7 +13,7 @@ from functools import cache
 from math import isfinite
 from pathlib import Path
 
-from records.program import SOURCE_BYTES, parse
+from records.program import SOURCE_BYTES, claimed_metric, parse
 
 SEPARATOR = re.compile(rb"^={50,}\r?$\n?", re.MULTILINE)
 # The next `name:`, which must follow a loss, rejects one whose digits are cut off or apart; a second `step:` (but not
@@ -77,10 +77,13 @@ class Log:
     facts: dict[str, list[str]]  # some names recur, one line a shard
     trials: list[Trial]
     unread: list[str] = field(default_factory=list)  # lines with a step and a loss that cannot be told
+    metric: str = "val_loss"  # which of the losses in its lines was read
+    lacking: bool = False  # whether its lines have a val_loss, and none has that
 
 
-def read(path: Path | str, metric: str = "val_loss") -> Log:
-    """The log at `path`, with the validation losses called `metric`; ValueError says why a file is none."""
+def read(path: Path | str, metric: str | None = None) -> Log:
+    """The log at `path`, with the validation losses called `metric`, or else with those that its program claims;
+    ValueError says why a file is none."""
     return interpret(str(path), read_bytes(path), metric)
 
 
@@ -93,7 +96,7 @@ def read_bytes(path: Path | str) -> bytes:
     return content
 
 
-def interpret(path: str, content: bytes, metric: str = "val_loss") -> Log:
+def interpret(path: str, content: bytes, metric: str | None = None) -> Log:
     source, *rest = SEPARATOR.split(content, maxsplit=2)
     if rest and not source.strip():  # the oldest of track 1 begin with the line
         source, *rest = SEPARATOR.split(content, maxsplit=3)[1:]
@@ -103,13 +106,19 @@ def interpret(path: str, content: bytes, metric: str = "val_loss") -> Log:
     # A program that died between the two lines of = leaves one.
     *facts, body = (part.decode(errors="replace").replace("\r\n", "\n") for part in rest)
     header = after.decode(errors="replace") + "".join(facts)
+    try:
+        metric = metric or claimed_metric(source)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     trials, unread = read_trials(path, body, metric)
+    lacking = not any(trial.losses for trial in trials) and any(
+        line["step"] for line in line_pattern("val_loss").finditer(body))
     if machine := MACHINE.search(header) or MACHINE.search(body) or TABLE.search(header) or TABLE.search(body):
         for trial in trials:
             trial.world = int(machine.groupdict().get("world", 0))
             trial.places = list(dict.fromkeys(place or machine["device"] for place in trial.places))
             trial.device = " and then ".join(trial.places)
-    return Log(path, source, read_facts(header), trials, unread)
+    return Log(path, source, read_facts(header), trials, unread, metric, lacking)
 
 
 def split_program(path: str, head: bytes) -> tuple[bytes, bytes]:
@@ -191,15 +200,20 @@ def expand(names: list[str]) -> list[Path]:
     return list(dict.fromkeys(paths))
 
 
-def load(names: list[str], metric: str = "val_loss") -> list[Log]:
-    """The logs that `names` mean, every curve once; stderr names what is left out.
+def load(names: list[str], metric: str | None = None) -> list[Log]:
+    """The logs that `names` mean, every curve once, of `metric` or of what their programs claim; stderr names what is
+    left out.
 
     ValueError where no log is left.
     """
     logs, skipped = [], []
     for path in expand(names):
         try:
-            logs.append(read(path, metric))
+            log = read(path, metric)
+            if log.lacking:
+                claimed = ", which its program claims" * (metric is None)
+                raise ValueError(f"{path}: no line has a {log.metric}{claimed}; --metric val_loss reads what it has")
+            logs.append(log)
         except ValueError as error:
             skipped.append(str(error))
         except OSError as error:  # a folder or a dangling link of that name, somebody else's file

@@ -29,7 +29,7 @@ def plot(sets: list[Sample], background: list[Sample], path: str) -> None:
     if len(targets) > 1:
         raise ValueError(f"targets {sorted(targets)}: their losses are not of one kind")
     if len(metrics := {sample.metric for sample in (*sets, *background)}) > 1:
-        raise ValueError(f"{' and '.join(sorted(metrics))}: these losses are not of one kind")
+        raise ValueError(f"{' and '.join(sorted(metrics))}: these losses are not of one kind: --metric reads one")
     figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
     whole, zoom = figure.subplots(1, 2)
     for axes in (whole, zoom):

@@ -59,6 +59,15 @@ def target(source: bytes) -> float:
     return number(fields["target_loss"]) if "target_loss" in fields else UPSTREAM_TARGET
 
 
+def claimed_metric(source: bytes) -> str:
+    """The loss that the run claims, by its name in the log's lines; upstream's programs have no field that says so."""
+    match hyperparameters(parse(source)).get("metric", ast.Constant("val_loss")):
+        case ast.Constant(str() as name) if re.fullmatch(r"\w+", name):
+            return name
+        case other:
+            raise ValueError(f"Hyperparameters.metric is no name: {ast.unparse(other)}")
+
+
 def hyperparameters(program: ast.Module) -> dict[str, ast.expr]:
     """The fields of `class Hyperparameters` with their defaults; none in upstream's programs."""
     fields = {}
@@ -84,6 +93,25 @@ def number(expression: ast.expr) -> float:
             except ArithmeticError as error:
                 raise ValueError(f"not a number: {ast.unparse(expression)} ({error})") from None
     raise ValueError(f"not a number: {ast.unparse(expression)}")
+
+
+def stages(rule: str) -> list[tuple[str, str]]:
+    """'a(1) | b(c=.5)' as [('a', 'a(1)'), ('b', 'b(c=0.5)')]: the name of each stage, and its text in one spelling.
+
+    Only the grammar is read; which stages there are and what they take, aurora.py knows. An empty rule has none.
+    ValueError where it is no rule.
+    """
+    if not rule.strip():
+        return []
+    try:
+        node, parts = ast.parse(rule.strip(), mode="eval").body, []
+        while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+            parts.append(node.right)
+            node = node.left
+        parts = [node, *reversed(parts)]
+        return [(ast.unparse(part.func if isinstance(part, ast.Call) else part), ast.unparse(part)) for part in parts]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise ValueError(f"{rule!r} is no update rule") from None
 
 
 def recipe(source: bytes) -> str:

@@ -65,28 +65,45 @@ def moments(record: int) -> tuple[int, dict[int, Moments]]:
     return min(found.items(), key=lambda item: abs(item[1].get(claim.step, Moments(0, 0, None)).n - claim.n))
 
 
-def curves(record: int) -> dict[int, dict[int, float]]:
-    """Every run's own curve, where it was published; by its place in the folder, or its seed."""
-    name = f"record_{record:02}_curves.csv"
+def curves(record: int, metric: str | None = None) -> dict[int, dict[int, float]]:
+    """Every run's own curve of the metric, by default the claimed one, where it was published; by the run's place in
+    the folder, or its seed."""
+    name, metric = f"record_{record:02}_curves.csv", metric or METRICS.get(record, "val_loss")
     runs: dict[int, dict[int, float]] = {}
     if (FOLDER / name).exists():
         for row in rows(name):
-            runs.setdefault(int(row["seed"]), {})[int(row["step"])] = float(row[METRICS.get(record, "val_loss")])
+            if metric in row:
+                runs.setdefault(int(row["seed"]), {})[int(row["step"])] = float(row[metric])
     return runs
 
 
-def reference(runs: list[dict[int, float]]) -> str:
-    """CSV of what the trainer's progress line holds a run against, made from the curves of n runs; reference_17.csv
-    is that of #17's 20.
+REFERENCE_RUNS = 8  # at least: of fewer the intervals are too wide to tell anything
+
+
+def references() -> str:
+    """reference.csv: `reference` of every result of which enough runs have their own curve, on the metric that it
+    claims. `train_steps` is the length of its schedule, which some of its runs do not come to the end of."""
+    lines = ["record,metric,train_steps,step,mean,sd,slope,half_width"]
+    for record in results():
+        runs = list(curves(record).values())
+        if len(runs) >= REFERENCE_RUNS:
+            head = f"{record},{METRICS.get(record, 'val_loss')},{moments(record)[0]}"
+            lines += [f"{head},{row}" for row in reference(runs)]
+    return "\n".join(lines) + "\n"
+
+
+def reference(runs: list[dict[int, float]]) -> list[str]:
+    """The rows of what the trainer's progress line holds a run against, from the curves of the runs that came furthest.
 
     By step: mean and deviation of the loss; the slope with which the final loss follows the loss here (least squares
     over the runs); half of the 95% prediction interval of one run's final loss, t(.975, n-2) s sqrt(1 + 1/n) with the
     residual deviation s. The widening for a loss far from the mean is left out: at 2 deviations it is a tenth.
     """
+    runs = [run for run in runs if max(run) == max(map(max, runs))]
     steps = [step for step in sorted(set.intersection(*map(set, runs))) if step]
     finals, n = [run[steps[-1]] for run in runs], len(runs)
     center = Moments.of(finals).mean
-    lines = ["step,mean,sd,slope,half_width"]
+    lines = []
     for step in steps:
         losses = [run[step] for run in runs]
         _, mean, sd = Moments.of(losses)
@@ -94,4 +111,4 @@ def reference(runs: list[dict[int, float]]) -> str:
         squares = sum((y - center - slope * (x - mean)) ** 2 for x, y in zip(losses, finals))
         half = t_quantile(0.975, n - 2) * sqrt(squares / (n - 2) * (1 + 1 / n))
         lines.append(f"{step},{mean:.6f},{sd:.6f},{slope:.4f},{half:.6f}")
-    return "\n".join(lines) + "\n"
+    return lines

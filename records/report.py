@@ -9,6 +9,7 @@ from plotly.subplots import make_subplots
 
 from records import leaderboard, published
 from records.log import load, put
+from records.recipes import RECORDS, recipes, rule
 from records.sample import Sample, from_logs, from_published, groups
 from records.statistics import mean_crossing
 
@@ -36,19 +37,20 @@ SORT = """document.querySelectorAll("th").forEach(head => head.addEventListener(
 }));"""
 
 
-def report(names: list[str], path: str, metric: str = "val_loss") -> None:
+def report(names: list[str], path: str, metric: str | None = None) -> None:
     """Write the page on the logs that `names` mean, by default those in records/, and on the published results."""
-    logs = load(names or [str(leaderboard.RECORDS)], metric)
-    own = [from_logs(short_name(group[0].path), group, metric) for group in groups(logs)]
+    logs = load(names or [str(RECORDS)], metric)
+    own = [from_logs(short_name(group[0].path), group) for group in groups(logs)]
     own = [sample for sample in own if sample.moments]
     parts = ["<h1>Steps to the target loss</h1>", progress_chart().to_html(full_html=False, include_plotlyjs=True),
              "<h2>Validation loss</h2>", f"<p>{HOW_TO}</p>"]
     by_target: dict[float, list[Sample]] = {}
-    for sample in own + published_samples():
+    for sample in own + [from_published(record) for record in published.results()]:
         by_target.setdefault(sample.target, []).append(sample)
     parts += [curves(samples, target).to_html(full_html=False, include_plotlyjs=False)
               for target, samples in sorted(by_target.items(), reverse=True)]
-    parts += ["<h2>Runs</h2>", own_table(logs, metric), "<h2>Published results</h2>", published_table()]
+    parts += ["<h2>Runs</h2>", own_table(logs), "<h2>Recipes</h2>", recipe_table(),
+              "<h2>Published results</h2>", published_table()]
     page = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Steps to the target loss</title>'
             f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body>\n'
             + "\n".join(parts) + f"\n<script>{SORT}</script></body></html>\n")
@@ -57,16 +59,6 @@ def report(names: list[str], path: str, metric: str = "val_loss") -> None:
 
 def short_name(path: str) -> str:
     return "/".join(Path(path).parts[-2:])
-
-
-def published_samples() -> list[Sample]:
-    """Those results whose curves are public."""
-    samples = []
-    for record in published.results():
-        sample = from_published(record)
-        if sample.metric == "val_loss":  # not so #46's
-            samples.append(sample)
-    return samples
 
 
 def progress_chart() -> go.Figure:
@@ -124,7 +116,7 @@ def traces(sample: Sample, line: dict, in_legend: bool) -> list[go.Scatter]:
     runs = [go.Scatter(x=list(trial.losses), y=list(trial.losses.values()), mode="lines", showlegend=False,
                        legendgroup=sample.name, opacity=0.3, line=line | {"width": 0.7, "dash": "solid"},
                        hoverinfo="skip") for trial in sample.used]
-    name = sample.name
+    name = sample.name + f" ({sample.metric})" * (sample.metric != "val_loss")
     if sample.source is None:
         name += " " + textwrap.shorten(published.result(int(sample.name[1:])).summary, 26, placeholder=" ...")
     mean = go.Scatter(x=steps, y=[at.mean for at in sample.moments.values()], mode="lines", name=name,
@@ -133,16 +125,20 @@ def traces(sample: Sample, line: dict, in_legend: bool) -> list[go.Scatter]:
     return [*runs, mean]
 
 
-def own_table(logs: list, metric: str) -> str:
+def own_table(logs: list) -> str:
     rows = []
     for group in groups(logs):
-        row = leaderboard.describe(group, metric)
+        row = leaderboard.describe(group)
         used = row["used"] > 0
         rows.append([short_name(row["first"]), row["program"], row["device"], row["runs"], row["used"],
                      row["step"] if used else "", f"{row['mean']:.5f}" if used else "",
                      leaderboard.RULE[row["passes"]] if used else "", f"{row['target']:g}" if used else "",
                      row["note"]])
     return table(["first log", "program", "device", "runs", "used", "step", "mean", "rule", "target", "note"], rows)
+
+
+def recipe_table() -> str:
+    return table(["recipe", "update rule of the matrices"], [[name, rule(name)] for name in recipes()])
 
 
 def published_table() -> str:

@@ -55,22 +55,23 @@ class Sample:
         return timed[len(timed) // 2] if timed else None
 
 
-def gather(names: list[str], mixed: bool = False, metric: str = "val_loss") -> Sample:
-    """The runs that names mean: files, globs, folders, or the number of one published result.
+def gather(names: list[str], mixed: bool = False, metric: str | None = None) -> Sample:
+    """The runs that names mean: files, globs, folders, or the number of one published result; of `metric`, or else of
+    the loss that they claim.
 
     ValueError where there is no log, where no run can be used, or where the runs are not one sample and `mixed` is
     False.
     """
     if len(names) == 1 and names[0].isdigit() and not Path(names[0]).exists():
-        sample = from_published(int(names[0]))
+        sample = from_published(int(names[0]), metric)
     else:
-        sample = from_logs(" ".join(names), load(names, metric), metric)
+        sample = from_logs(" ".join(names), load(names, metric))
     if sample.mixture and not mixed:
         raise ValueError(f"{sample.mixture}; --mixed looks anyway")
     return sample
 
 
-def from_logs(name: str, logs: list[Log], metric: str = "val_loss") -> Sample:
+def from_logs(name: str, logs: list[Log]) -> Sample:
     trials = [trial for log in logs for trial in log.trials]
     used = usable(trials)
     programs = {recipe(log.source): log.source for log in logs}
@@ -83,7 +84,7 @@ def from_logs(name: str, logs: list[Log], metric: str = "val_loss") -> Sample:
         max((trial.train_steps for trial in used), default=0),
         logs[0].source,
         mixture(logs, used),
-        metric=metric,
+        metric=logs[0].metric,
         recipes=programs.keys(),
         foreign=[why for source in programs.values() for why in foreign(source)],
         partial=next((f"{log.path} is partial: {why}" for log in logs for why in log.facts.get("partial", [])), None),
@@ -91,20 +92,27 @@ def from_logs(name: str, logs: list[Log], metric: str = "val_loss") -> Sample:
     )
 
 
-def from_published(record: int) -> Sample:
-    """Of every run where its own curve was published, else of n, mean and deviation a step."""
+def from_published(record: int, metric: str | None = None) -> Sample:
+    """Of every run where its own curve was published, else of n, mean and deviation a step.
+
+    Another metric than the claimed one is read where it was published; the claim, which is not of it, is left out.
+    """
     result = published.result(record)
     train_steps, moments = published.moments(record)
+    claimed = published.METRICS.get(record, "val_loss")
+    known = published.curves(record, metric) if metric else {}
+    read = metric if known else claimed
     runs = [Trial(f"#{record} run {seed}", None, losses, train_steps)
-            for seed, losses in published.curves(record).items()]
+            for seed, losses in (known or published.curves(record)).items()]
     moments = common_moments(runs) if runs else moments
     claim = Claim(result.step, result.mean, result.n)
     curves = max(at.n for at in moments.values())
     if claim.step in moments:
         curves = moments[claim.step].n
     difference = None if curves == claim.n else f"#{record} claims {claim.n} runs, its published curve holds {curves}"
-    return Sample(f"#{record}", UPSTREAM_TARGET, runs, runs, moments, train_steps, None, difference, claim,
-                  published.METRICS.get(record, "val_loss"))
+    remarks = [f"#{record} has no {metric}: this is its {read}"] if metric not in (None, read) else []
+    return Sample(f"#{record}", UPSTREAM_TARGET, runs, runs, moments, train_steps, None, difference,
+                  claim if read == claimed else None, read, remarks=remarks)
 
 
 def groups(logs: list[Log]) -> list[list[Log]]:
@@ -141,6 +149,7 @@ def mixture(logs: list[Log], used: list[Trial]) -> str | None:
     grid = tuple(max(used, key=lambda trial: trial.last_step).losses) if used else ()
     kinds = {
         "targets": [(target(log.source), log.path) for log in logs],
+        "metrics": [(log.metric, log.path) for log in logs],
         "programs": [(recipe(log.source), log.path) for log in logs],
         "devices": [(place or trial.device, trial.name) for trial in used for place in trial.places],
         "evaluated steps": [(tuple(trial.losses) + tuple(step for step in grid if step > trial.last_step), trial.name)

@@ -48,6 +48,14 @@ UPDATES = {
     "u_normuon": matrix_rule("polar", "u_normuon"),
     "adamw": "adamw(0.9, 0.95, 1e-10, 0.1)",
 }
+# all that result #46 has, and what claims after it add, at steps of a short run
+SOAP_MUON = [
+    "matrix_update=bimaxwell(ramp(0.85, 0.95, 0, 4), 0.85, ramp(0.95, 0.98, 1, 2)) | soap(0.9, 0.9) | "
+    "trust_gate(0, 0.85, names(0, attn_proj=1)) | schatten4_polar | anneal(at_least(power(1, 6, 4, 1.2), 0.3)) | "
+    "aspect | brake(0.5) | row_floor(1.75) | step | pin | cautious_decay(0.5)",
+    "adam_update=adamw(0.8, 0.99, 1e-10, 0)",
+    "vector_update=raw_adam(0.8, names(0.997, gains=0.99, attn_proj_bias=0.9965), 1e-10) | step",
+    "final_update=anchored_average(1, 2, names(0.6, embed=0), ramp(0, 0.45, 0, 2)) | lookahead(between(0.3, 1, 5))"]
 
 
 def write_shard(path: Path, tokens, magic=20240520, version=1, count=None):

@@ -8,32 +8,12 @@ from conftest import UPDATES
 
 import aurora
 from aurora import (
-    CANS_12,
-    POLAR_EXPRESS_8,
-    QUINTIC_5,
-    STAGES,
-    Aurora,
-    Rule,
-    alignment,
-    balanced_polar,
-    balanced_tangent,
-    cans_polar,
-    contra,
-    leverage_scores,
-    normuon,
-    normuon_lite,
-    orthogonality_defect,
-    paper_balanced_polar,
-    polar,
-    riemannian_balanced_polar,
-    row_norm_cv,
-    schatten4,
-    spectral_norm,
-    tall_balanced_polar,
-    u_normuon,
-    update_weight_floor,
-    wide_balanced_polar,
+    CANS_12, POLAR_EXPRESS_8, QUINTIC_5, Aurora, alignment, balanced_polar, balanced_tangent, cans_polar, contra,
+    leverage_scores, normuon, normuon_lite, orthogonality_defect, paper_balanced_polar, polar,
+    riemannian_balanced_polar, row_norm_cv, schatten4, spectral_norm, tall_balanced_polar, u_normuon,
+    update_weight_floor, wide_balanced_polar,
 )
+from rules import STAGES, Rule
 
 SQUARE, TALL, WIDE = (24, 24), (48, 16), (16, 40)
 exact_polar = functools.partial(polar, dtype=torch.float64)

@@ -5,6 +5,7 @@ import copy
 import pickle
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -43,7 +44,8 @@ def refusal(act) -> str:
 def on_two_ranks(rank: int, folder: str):
     """All that needs two processes, in one pair of them: starting is what takes the time."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2,
+                            timeout=timedelta(seconds=30))  # a rank that is left waiting fails
     seen = {}
 
     # a gradient on one rank alone: where it is not owned, and where it is
@@ -69,6 +71,22 @@ def on_two_ranks(rank: int, folder: str):
     Aurora(other, process_group=alone).step()
     seen["alone"] = len(optimizer.state_dict()["state"]) == 6 and all(map(torch.equal, weights(params), weights(other)))
     seen["other number"] = refusal(Aurora(parameters()[rank:]).step)
+
+    # a group, or a state, that one rank alone has
+    params, more = parameters(), torch.nn.Parameter(draw(5, 3))
+    more.grad = draw(5, 3, seed=1)
+    optimizer = Aurora(params)
+    optimizer.step()
+    if rank == 0:
+        optimizer.add_param_group({"params": [more]})
+    seen["group on one rank"] = refusal(optimizer.step)
+    if rank == 1:
+        optimizer.add_param_group({"params": [more]})
+    seen["group on both"] = refusal(optimizer.step)
+    seen["group on both: weights"] = weights([*params, more])
+    if rank == 0:
+        optimizer.load_state_dict(Aurora([dict(params=params), dict(params=[more])]).state_dict())
+    seen["state on one rank"] = refusal(optimizer.step)
 
     # state
     params = parameters()
@@ -119,6 +137,16 @@ def test_ranks_with_weights_of_their_own(ranks):
         assert rank["alone"]
         assert "rank 1 gave Aurora 5 matrices and rank 0 6" in rank["other number"]
         assert rank["DTensor"].startswith("ValueError: Aurora updates whole matrices, got a DTensor")
+
+
+def test_what_one_rank_alone_adds(ranks):
+    """Kills: collectives of other sizes on the ranks after add_param_group() or load_state_dict() on one of them, which
+    hang or fail inside gloo; a group that all have by now, refused or not updated."""
+    for rank in ranks:
+        assert "rank 1 gave Aurora 6 matrices and rank 0 7" in rank["group on one rank"]
+        assert rank["group on both"] == "accepted"
+        assert "parameter 0 of group 0, of shape (6, 4), has other steps on rank 1" in rank["state on one rank"]
+    assert all(map(torch.equal, *(rank["group on both: weights"] for rank in ranks)))
 
 
 def test_state_of_one_rank(ranks):
@@ -260,6 +288,8 @@ def network():
     return torch.nn.Sequential(torch.nn.Linear(8, 16, bias=False), torch.nn.ReLU(), torch.nn.Linear(16, 8, bias=False))
 def same(first, second):
     assert all(map(torch.equal, first, second)), "resumed otherwise"
+    torch.distributed.barrier()  # a process that ends while gloo's threads run may abort
+    torch.distributed.destroy_process_group()
 """
 PROGRAMS = {
     "transformers": """
@@ -318,9 +348,11 @@ class Module(lightning.LightningModule):
         return Aurora(self.net.parameters(), lr=0.02)
 def train(steps, resume=None):
     module = Module()
+    # each rank has one batch: after a resume Lightning reads others than without
     trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy="ddp", max_steps=steps, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer.fit(module, DataLoader(X, 8), ckpt_path=resume)
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False)
+    trainer.fit(module, DataLoader(X[trainer.global_rank:16:2], 8), ckpt_path=resume)
     trainer.save_checkpoint(f"{steps}.ckpt")
     return list(module.net.parameters())
 whole = train(4)

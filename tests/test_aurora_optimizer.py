@@ -13,7 +13,9 @@ from conftest import UPDATES, Unguarded
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import aurora
-from aurora import QUINTIC_5, Aurora, Rule, advance_, polar, spectral_norm
+import rules
+from aurora import QUINTIC_5, Aurora, polar, spectral_norm
+from rules import Rule, advance_
 
 SQUARE, TALL, WIDE = (24, 24), (48, 16), (16, 40)
 SHAPES = [SQUARE] * 5 + [TALL] * 3 + [WIDE]
@@ -219,7 +221,7 @@ def test_a_gpu_takes_the_compiled_step(stacked, monkeypatch):
     which it would compile again. Nothing is computed: the tensors are fake. A stack is what train_gpt.py's banks hand
     in, with tensors for numbers; class Aurora makes both of its parameters."""
     calls = []
-    monkeypatch.setattr(aurora, "compiled_rule", lambda text: lambda *arguments: calls.append((text, *arguments)))
+    monkeypatch.setattr(rules, "compiled_rule", lambda text: lambda *arguments: calls.append((text, *arguments)))
     rule = Rule.of(UPDATES["normuon"].replace("nesterov(0.95)", "nesterov(ramp(0.85, 0.95, 0, 300))"))
     with FakeTensorMode(), Unguarded():
         if stacked:
@@ -244,7 +246,8 @@ def test_a_gpu_takes_the_compiled_step(stacked, monkeypatch):
 def test_a_stack_is_its_matrices(update, monkeypatch):
     """Kills: a norm or a second moment over a whole stack, state of one matrix given to the next, a matrix that is in
     no part or in two where a stack is updated in parts. A rule on a stack against class Aurora on its matrices."""
-    monkeypatch.setattr(aurora, "at_once", lambda stack: 2)  # of three
+    for module in (aurora, rules):
+        monkeypatch.setattr(module, "at_once", lambda stack: 2)  # of three
     rule = Rule.of(UPDATES[update])
     for shape in (TALL, WIDE):
         stack, alone = draw(3, *shape), [torch.nn.Parameter(x) for x in draw(3, *shape)]

@@ -1,6 +1,7 @@
 """Banks: an update is the same for every number of ranks, and can be held by a CUDA graph."""
 
 import contextlib
+import json
 from functools import partial
 from types import SimpleNamespace
 
@@ -8,22 +9,26 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import UPDATES, Unguarded, one_process
+import conftest
+from conftest import SOAP_MUON, UPDATES, Unguarded, one_process
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import aurora
-from aurora import Aurora, Rule, advance_
+import rules
+from aurora import Aurora
 from harness.ranks import Place
-from train_gpt import GPT, Replayed, fill, initial_weights, learning_rate_factor, make_banks, override, update
+from rules import Rule, advance_
+from train_gpt import GPT, Replayed, fill, initial_weights, learning_rate_factor, make_banks, override, show, update
 
 CPU = torch.device("cpu")
 # 3 blocks: 12 squares, 3 tall and 3 wide matrices; of the tall ones 4 ranks own 1, 1, 1 and none. The rate of every
 # step is another
 # (32 wide: where the CPU multiplies bf16 in tiles, torch's product of a single 16 x 16 rounds otherwise than a stack's)
 SHAPE = ["num_layers=3", "model_dim=32", "head_dim=8", "vocab_size=64", "warmup_steps=10"]
+WORDS = {name: [f"matrix_update={text}"] for name, text in UPDATES.items()} | {"soap_muon": SOAP_MUON}
+SHARED = "aurora", "normuon", "adamw", "soap_muon"
 
 
 def gradients(bank, step: int):
@@ -40,19 +45,27 @@ def train(words: list[str], saved: list | None = None, first: int = 0, last: int
     fill(banks, initial_weights(model, 0))
     for bank, state in zip(banks, saved or []):
         bank.load(state)
+    show(banks, "training", first)
     for step in range(first, last):
         for bank in banks:
             parts = gradients(bank, step).chunk(place.world)[place.rank]
             bank.gradients[:bank.shares.count] = parts.sum(0)
             bank.reduce()
         update(banks, step)
-    return {name: p.detach().clone() for name, p in model.named_parameters()}, [
-        {name: x.clone() for name, x in bank.gather_state().items()} for bank in banks]
+
+    def weights():
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+    trained, views = weights(), {}
+    for view in ("val_loss", "val_ema_loss"):
+        show(banks, view, last)
+        views |= {f"{name}, {view}": p for name, p in weights().items()}
+    show(banks, "training", last)
+    assert all(torch.equal(p, trained[name]) for name, p in weights().items())
+    return trained | views, [{name: x.clone() for name, x in bank.gather_state().items()} for bank in banks]
 
 
 def share(saved):
-    words = {name: [f"matrix_update={UPDATES[name]}"] for name in saved}
-    return {name: (*train(words[name]), train(words[name], saved[name], 2)[0]) for name in saved}
+    return {name: (*train(WORDS[name]), train(WORDS[name], saved[name], 2)[0]) for name in saved}
 
 
 def one_of_several(rank: int, world: int, folder: str):
@@ -65,17 +78,24 @@ def one_of_several(rank: int, world: int, folder: str):
 
 @pytest.fixture(scope="module")
 def alone():
-    """What one process has after 3 steps, and after 2."""
+    """What one process has after 3 steps, and after 2. On one thread as the others: MKL's QR, of 128 rows and more,
+    rounds otherwise on two. How many matrices are in a stack changes nothing."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with one_process():
-        saved = {name: train([f"matrix_update={UPDATES[name]}"], last=2)[1] for name in ("aurora", "normuon", "adamw")}
-        return saved, share(saved)
+        saved = {name: train(WORDS[name], last=2)[1] for name in SHARED}
+        made = saved, share(saved)
+    torch.set_num_threads(threads)
+    return made
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_number_of_ranks_gives_the_same_bits(alone, world, tmp_path):
     """Kills: a rank that owns nothing and waits, a slot owned twice or by nobody, padding that reaches a parameter, a
     master that another rank needs, a gradient that is not summed or summed twice, weights that are not gathered, a
-    state that lacks a rank's share or that only the same number of ranks can load, q and k updated as one matrix."""
+    state that lacks a rank's share or that only the same number of ranks can load, q and k updated as one matrix; a
+    knob by name that is another rank's, a view that a rank does not send, training weights that a validation has
+    changed."""
     saved, one = alone
     torch.save(saved, tmp_path / "saved.pt")
     mp.spawn(one_of_several, (world, str(tmp_path)), nprocs=world)
@@ -90,9 +110,13 @@ def test_every_number_of_ranks_gives_the_same_bits(alone, world, tmp_path):
 
 
 def test_a_state_goes_on_to_the_same_bits(alone):
-    """Kills: a master or a moment that a state lacks, a count of steps that begins anew."""
-    for weights, _, resumed in alone[1].values():
+    """Kills: a master or a moment that a state lacks, a count of steps that begins anew; views that are all one."""
+    for rule, (weights, _, resumed) in alone[1].items():
         assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+        for name in filter(lambda name: "," not in name, weights):
+            training, val, val_ema = (weights[name + view] for view in ("", ", val_loss", ", val_ema_loss"))
+            assert torch.equal(training, val) == (rule != "soap_muon")
+            assert torch.equal(val, val_ema) == (rule != "soap_muon" or name == "embed.weight"), name
 
 
 def test_a_step_is_that_of_the_plain_optimizers():
@@ -141,6 +165,21 @@ def test_sums_of_vectors_fit_their_bank(alone):
         for bank in make_banks(model, hp, Place(0, 1, CPU)):
             bank.weights.fill_(7)
     assert all((p == 7).all() for p in model.parameters())
+
+
+def test_a_validation_changes_no_training(quick, tmp_path):
+    """Kills: training that goes on from what a validation has shown, a raw loss that depends on an average. A run with
+    an average and four validations, and one without it and with two: every loss that both have, to the last bit."""
+    ahead, seen = "lookahead(between(0.3, 1, 6))", []
+    for folder, words in (("a", ["val_every=2", f"final_update=tail_average(3, 2) | {ahead}"]),
+                          ("b", ["val_every=8", f"final_update={ahead}"])):
+        conftest.train(tmp_path / folder, [*quick, *SOAP_MUON[:-1], *words])
+        (sidecar,) = (tmp_path / folder / "logs").glob("*.jsonl")
+        rows = [json.loads(line) for line in sidecar.read_text().splitlines()]
+        seen.append({(name, row["step"]): row[name] for row in rows for name in ("loss", "val_loss") if name in row})
+    often, rarely = seen
+    assert len(rarely) == 8 + 2 and len(often) == 8 + 5
+    assert rarely == {key: often[key] for key in rarely}
 
 
 class Graph:
@@ -230,7 +269,7 @@ def all_tensors(banks) -> list[torch.Tensor]:
     return [t for bank in banks for t in (bank.weights, bank.masters, *bank.state.values())]
 
 
-@pytest.mark.parametrize("rule", UPDATES)
+@pytest.mark.parametrize("rule", WORDS)
 def test_a_graph_gives_the_bits_of_eager_updates(rule, in_graphs):
     """Kills: a rate, a decay, a knob's schedule or a count of steps that is a constant of the graph, state that is born
     in the capture and so anew at each replay, a number that is read meanwhile, a gather_state() that lacks what replays
@@ -238,9 +277,10 @@ def test_a_graph_gives_the_bits_of_eager_updates(rule, in_graphs):
 
     Six steps at six rates; with graphs, a state goes into fresh banks after the third.
     """
-    text = UPDATES[rule].replace("nesterov(0.95)", "nesterov(ramp(0.85, 0.95, 1, 5))")
-    hp = override([*SHAPE, f"matrix_update={text.replace('| step', '| decay(0.1) | step')}",
-                   "adam_update=adamw(0.8, 0.95, 1e-10, 0.1)"])
+    words = dict(word.split("=", 1) for word in ["adam_update=adamw(0.8, 0.95, 1e-10, 0.1)", *WORDS[rule]])
+    text = words["matrix_update"].replace("nesterov(0.95)", "nesterov(ramp(0.85, 0.95, 1, 5))")
+    words["matrix_update"] = text.replace("| step", "| decay(0.1) | step")
+    hp = override([*SHAPE, *(f"{name}={text}" for name, text in words.items())])
 
     def fresh():
         model = GPT(hp)
@@ -263,6 +303,7 @@ def test_a_graph_gives_the_bits_of_eager_updates(rule, in_graphs):
                 in_graphs(graphed)
                 for bank, state in zip(graphed, states, strict=True):
                     bank.load(state)
+                show(graphed, "training", step)
             advance(eager, step)
             advance(graphed, step)
             assert all(torch.equal(a, b) for a, b in zip(all_tensors(eager), all_tensors(graphed), strict=True))
@@ -271,7 +312,7 @@ def test_a_graph_gives_the_bits_of_eager_updates(rule, in_graphs):
             assert addresses == [t.data_ptr() for t in all_tensors(graphed)]
 
 
-@pytest.mark.parametrize("rule", UPDATES)
+@pytest.mark.parametrize("rule", WORDS)
 def test_an_update_can_be_in_a_cuda_graph(rule, monkeypatch):
     """Kills: a number read from the GPU, a tensor that is built on the CPU and sent, AdamW with a rate or a count of
     steps on the CPU, a bank on a GPU whose update is in no graph, a parameter or gradient that vector instructions
@@ -280,7 +321,7 @@ def test_an_update_can_be_in_a_cuda_graph(rule, monkeypatch):
     Of the record's shapes, on fake tensors of a GPU: what needs a value is an error there. The compiled update's
     operators are those of the function that is compiled.
     """
-    hp = override([f"matrix_update={UPDATES[rule]}", "num_layers=2"])
+    hp = override([*WORDS[rule], "num_layers=2"])
     place = Place(0, 1, torch.device("cuda", 0))
     graphs, steps_of_adamw = [], []
 
@@ -294,8 +335,11 @@ def test_an_update_can_be_in_a_cuda_graph(rule, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", Capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(wait_stream=lambda other: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: torch.cuda.Stream(0))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch, "_fused_adamw_", fused_adamw)  # it has no fake
-    monkeypatch.setattr(aurora, "compiled_rule", lambda text: partial(advance_, Rule.of(text)))
+    monkeypatch.setattr(rules, "compiled_rule", lambda text: partial(advance_, Rule.of(text)))
     with FakeTensorMode(), Unguarded():
         model = GPT(hp)
         for module in model.modules():

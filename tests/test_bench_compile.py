@@ -15,15 +15,19 @@ GRAPHS = """
 import json
 from bench import RULES, roofline
 from bench.graph import PROGRAMS, memory_rows, rows, update_rows
-from harness.doctor import RESERVE, step_bytes
+from harness.doctor import RESERVE, banks, step_bytes
 from train_gpt import override
 del PROGRAMS["published"]  # it takes as long again
+SOAP = ("nesterov(0.95) | soap(0.9, 0.9) | schatten4_polar | aspect | brake(0.5) | row_floor(0.3825) | step | pin"
+        " | cautious_decay(0.025)")
 recipes = [override(["micro_batch=16", f"num_layers={layers}"]) for layers in (1, 2)]
 def bound(hp):
     parameters = sum(shape.numel() for shape in roofline.parameters(hp).values())
-    return step_bytes(vars(hp) | {"mlp_dim": hp.mlp_dim}, parameters, hp.micro_batch, True) - RESERVE
+    run = vars(hp) | {"mlp_dim": hp.mlp_dim, "banks": banks(hp)}
+    return step_bytes(run, parameters, hp.micro_batch, True, 1) - RESERVE
+updates = [[], [f"matrix_update={RULES['normuon']}"], [f"matrix_update={SOAP}"]]
 print(json.dumps(dict(layers=[(rows(hp), *memory_rows(hp), bound(hp)) for hp in recipes],
-                      updates=[update_rows(override(words)) for words in ([], [f"matrix_update={RULES['normuon']}"])])))
+                      updates=[update_rows(override(words)) for words in updates])))
 """
 of_pytorch_2_13 = pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="bench.graph is of PyTorch 2.13")
 

@@ -6,15 +6,19 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import UPDATES
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import aurora
+import rules
 import train_gpt
-from aurora import Rule
 from bench import roofline
 from kernels.cross_entropy import head_loss_reference
+from rules import Rule
 
 RECORD = train_gpt.Hyperparameters()
+SOAP = ("nesterov(0.95) | soap(0.9, 0.9) | schatten4_polar | aspect | brake(0.5) | row_floor(0.3825) | step | pin"
+        " | cautious_decay(0.025)")
 
 
 @pytest.mark.parametrize("words", [[], ["model_dim=256", "num_layers=3", "mlp_expansion=2.5", "activation=swiglu",
@@ -77,18 +81,17 @@ def test_newton_schulz_as_it_runs():
 
 
 def test_bytes_on_the_wire():
-    """Kills: a bank that is left out, bf16 gradients, fp32 weights, padding where the GPUs divide a bank."""
-    matrices, rows = 48 * 768 * 768 + 24 * 768 * 3072, 50304 * 768
+    """Kills: a bank that is left out, bf16 gradients, fp32 weights; banks that are not the trainer's, whose tall and
+    wide matrices are two of 12 each, which 8 GPUs pad to 16."""
+    matrices, rows = 48 * 768 * 768 + 2 * 16 * 768 * 3072, 50304 * 768
     vectors = 12 * (4 * 768 + 3072 + 768 + 2 * 768) + 2 * 768 + 50304
     reduced, gathered = roofline.wire(RECORD, 8)
     assert reduced == pytest.approx(7 / 8 * 4 * (matrices + 2 * rows + vectors), rel=1e-6)  # of vectors 1 is padded
     assert gathered == reduced / 2
-    # the published 500 MB are those of a program whose embedding's gradient is bf16
-    assert (reduced - 7 / 8 * 2 * rows) / 1e6 == pytest.approx(500, abs=1)
-    assert gathered / 1e6 == pytest.approx(284, abs=1)
+    # the published 500 MB are those of a program whose embedding's gradient is bf16, and which pads nothing
+    assert (reduced - 7 / 8 * (2 * rows + 4 * 8 * 768 * 3072)) / 1e6 == pytest.approx(500, abs=1)
     assert roofline.wire(RECORD, 1) == (0, 0)
-    mlp = next(bank for bank in roofline.banks(RECORD) if bank.name == "MLP")
-    assert [mlp.share(gpus) for gpus in (8, 16, 64)] == [3, 2, 1]
+    assert [(bank.count, bank.share(8)) for bank in roofline.banks(RECORD)[:3]] == [(12, 2), (12, 2), (48, 6)]
 
 
 def test_a_collective_by_hand():
@@ -126,27 +129,114 @@ def test_what_must_not_fall_or_rise():
 
 
 def test_updates_and_wire_overlap(monkeypatch):
-    """Kills: an update before its gradient is there, an all-gather before its update, one that overtakes another."""
+    """Kills: an update before its gradient is there, an all-gather before its update, one that overtakes another; a
+    second part that its own weights wait for, or that the next bank does not wait for; one that is hidden and waited
+    for."""
     two = roofline.banks(RECORD)[:2]
     monkeypatch.setattr(roofline, "banks", lambda hp: two)
     # with updates of 10 s: gradients at 3 and 4, updates until 13 and 23, gathers from 13 to 18 and from 23 to 25;
     # with updates of .5 s: at 3.5 and 4.5 they are done, the wire is free at 4, gathers from 4 to 9 and 11
-    for update, expected in ((10.0, (20.0, 25.0)), (0.5, (1.0, 11.0))):
+    # and with second parts of 2 s: updates until 13 and 25, all done at 27, where the gathers are from 13 to 18 and
+    # from 25 to 27 too; second parts of .5 s after updates of .5 s: 4 and 5, all on the wire at 4
+    for update, later, hidden, expected in ((10.0, 0.0, False, (20.0, 0.0, 25.0)), (0.5, 0.0, False, (1.0, 0.0, 11.0)),
+                                            (10.0, 2.0, False, (20.0, 4.0, 27.0)), (10.0, 2.0, True, (20.0, 4.0, 25.0)),
+                                            (0.5, 0.5, False, (1.0, 1.0, 11.0)), (0.5, 9.0, False, (1.0, 18.0, 22.0))):
         travel = iter((3.0, 1.0, 5.0, 2.0))  # in the order of the queue
         monkeypatch.setattr(roofline, "collective", lambda gpus, nodes, size, gpu: next(travel))
-        monkeypatch.setattr(roofline, "seconds", lambda kernels, gpu, attention, launch: update)
-        assert roofline.sharded_step(RECORD, 8, 1, roofline.GPUS["H100"]) == expected
+        monkeypatch.setattr(roofline, "update_kernels", lambda *_: update)
+        monkeypatch.setattr(roofline, "second_part", lambda *_: later)
+        monkeypatch.setattr(roofline, "seconds", lambda kernels, gpu, attention, launch: kernels)
+        assert roofline.sharded_step(RECORD, 8, 1, roofline.GPUS["H100"], hidden) == expected
+
+
+class Fp32(TorchDispatchMode):
+    """FLOPs of the fp32 products that run inside, and the sizes whose QR is taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.flops, self.qr = 0, []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **kwargs or {})
+        if operation in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default) and made.dtype == torch.float32:
+            self.flops += 2 * made.numel() * args[0].size(-1)
+        if operation == torch.ops.aten.linalg_qr.default:
+            self.qr += args[0].shape[:-2].numel() * [args[0].size(-1)]
+        return made
+
+
+@pytest.mark.parametrize("shape", [(96, 32), (32, 96), (64, 64)])
+@pytest.mark.parametrize("text", [SOAP, "soap | step", "schatten4_polar | step"])
+def test_work_in_fp32_is_what_runs(text, shape):
+    """Kills: a product of a stage that is not counted or not run, a covariance or a basis of the other side, a QR of
+    another size, one form that does what the other does not, work that a stack's length does not multiply."""
+    rule, W = Rule.of(text), torch.empty(3, *shape, device="meta")
+    state = rule.state(W)
+    with Fp32() as first:
+        rules.advance_(rule, W, torch.empty_like(W), state, dict(lr=0.1, t=1))
+    with Fp32() as second:
+        rule.after_(state, 1)
+    for form in ("published", "fused"):
+        kernels = roofline.fp32_kernels(3, *shape, rule, form)
+        assert sum(k.count * k.flops for k in kernels) == first.flops > 0
+    fused, published = (roofline.second_part(3, *shape, rule, form) for form in ("fused", "published"))
+    products, qr = ([k for k in fused if k.flops and (k.least > 0) == slow] for slow in (False, True))
+    assert sum(k.count * k.flops for k in products) == second.flops
+    assert sum(([round(k.least / roofline.COLUMN)] * k.count for k in qr), []) == second.qr
+    assert all(k.flops == 8 / 3 * (k.least / roofline.COLUMN)**3 for k in qr)
+    # there the diagonal of Q^T C Q is taken of two more products
+    assert sum(k.count * k.flops for k in published) - sum(k.count * k.flops for k in fused) == 2 * second.flops
+
+
+def test_a_second_part_that_is_not_known(monkeypatch):
+    """Kills: a stage whose second part takes no time because nobody has counted it."""
+    monkeypatch.setattr(rules, "STAGES", dict(rules.STAGES))
+
+    @rules.stage("later", average=rules.whole, after=lambda average: {})
+    def later(U, average):
+        return U, average
+    with pytest.raises(ValueError, match="later does after a step is not in bench.roofline.WORK"):
+        roofline.predict(replace(RECORD, matrix_update="nesterov | later | step"), "H100", 8)
+
+
+def test_soap_on_the_critical_path_and_hidden():
+    """Kills: the mean of the ranks for the one that owns most; a QR that is batched; one that is faster on a better
+    card; second parts that are hidden wholly where they do not fit. By hand: on 8 GPUs a rank has 2 matrices of each
+    of the MLP's, with 3072 + 768 columns, and 6 squares, with 768 + 768."""
+    hp = replace(RECORD, matrix_update=SOAP)
+    alone, eight = ({hidden: roofline.breakdown(hp, "H100", gpus, hidden=hidden) for hidden in (False, True)}
+                    for gpus in (1, 8))
+    columns = {8: 4 * 3840 + 6 * 1536, 1: 24 * 3840 + 48 * 1536}
+    for gpus, at in ((1, alone), (8, eight)):
+        qr = 1000 * roofline.COLUMN * columns[gpus]
+        assert qr < at[False]["second parts"] < 1.1 * qr
+        model = sum(at[False][part] for part in ("products", "elementwise", "attention", "softcap and loss",
+                                                 "embedding, casts, gradient sums"))
+        assert at[True]["second parts"] == pytest.approx(max(0, at[False]["second parts"] - model))
+        assert at[False]["updates"] == at[True]["updates"]
+    assert eight[True]["second parts"] > 0
+    assert roofline.breakdown(RECORD, "H100", 8, hidden=True) == roofline.breakdown(RECORD, "H100", 8)
+
+
+def test_the_time_of_a_column_by_another_record():
+    """Kills: a column whose time is a matter of one program. Published, #14 takes 10.9 ms longer than #11 on the same
+    machine: on 3 of the MLP's matrices a rank SOAP's first part at each step and the second at each tenth."""
+    rule, gpu = Rule.of("soap | step"), roofline.GPUS["H100"]
+    first, second = (1000 * roofline.seconds(part(3, 3072, 768, rule, "published"), gpu, "cuDNN", 5e-6)
+                     for part in (roofline.fp32_kernels, roofline.second_part))
+    assert first + second / 10 == pytest.approx(170.9 - 160.0, rel=0.3)
 
 
 def test_published_times():
-    """Kills: a model that misses what is published. Held-out lines of the same program on 8 GPUs are within 3%; the
+    """Kills: a model that misses what is published. Held-out lines of the same program on 8 GPUs are within 1%; the
     others did more than is modelled, or on a card whose constants are assumed."""
     rows = roofline.check()
     off = {(row["published program"], row["GPUs"]): abs(float(row["off by"][:-1])) for row in rows}
-    assert [row["use"] for row in rows].count("held out") == 7 and rows[0]["use"] == "calibration"
-    assert rows[0]["predicted, ms"] == pytest.approx(rows[0]["published, ms"], rel=2e-3)  # SUSTAINED has three digits
+    assert [row["use"] for row in rows] == ["calibration"] * 2 + ["held out"] * 7 + ["seen"]
+    for row in rows[:2]:  # SUSTAINED and COLUMN have three digits
+        assert row["predicted, ms"] == pytest.approx(row["published, ms"], rel=2e-3)
     for (program, gpus), percent in off.items():
-        assert percent < (10 if "taken as" in program else 3), (program, gpus)
+        assert percent < (10 if "taken as" in program else 1), (program, gpus)
 
 
 def test_roofline_prints(tmp_path, capsys):
@@ -156,3 +246,9 @@ def test_roofline_prints(tmp_path, capsys):
     assert text == capsys.readouterr().out
     assert text.startswith("# python -m bench.roofline B200 num_layers=6\n") and "Predicted, not measured" in text
     assert f"{roofline.predict(replace(RECORD, num_layers=6), 'B200', 1):.4g}" in text.split("B200: half")[1]
+    assert "second parts" not in text.split("## This program")[1]
+    roofline.main([f"matrix_update={SOAP}", "-o", str(tmp_path)])
+    text = (tmp_path / "roofline.md").read_text().split("## This program")[1]
+    assert "second parts, ms | step with them hidden, ms" in text
+    for hidden in (False, True):
+        assert f"| {roofline.predict(replace(RECORD, matrix_update=SOAP), 'H100', 8, hidden=hidden):.4g} |" in text

@@ -1,6 +1,7 @@
 """A run that is killed and goes on is the run that was never killed; it can be seen, waited for, and forked."""
 
 import copy
+import json
 import os
 import re
 import resource
@@ -14,10 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, start, train
+from conftest import ROOT, SOAP_MUON, start, train
 
 import train_gpt
+from harness.arguments import parse
 from harness.checkpoint import read_checkpoint, write_checkpoint
+from harness.run import recall
 from records.__main__ import main as desk
 from records.log import read
 from tests.drills import kill
@@ -62,9 +65,23 @@ def whole(words, tmp_path_factory):
     return folder
 
 
-def same(folder: Path, whole: Path):
+@pytest.fixture(scope="module")
+def soap_words(words):
+    return [*words, *SOAP_MUON]
+
+
+@pytest.fixture(scope="module")
+def soap_whole(soap_words, tmp_path_factory):
+    """The same of a rule that looks ahead and averages."""
+    folder = tmp_path_factory.mktemp("soap")
+    train(folder, [*soap_words, "train_steps=9"])
+    assert all(" val_ema_loss:" in line for line in curve(folder)[1] if line.startswith("step:"))
+    return folder
+
+
+def same(folder: Path, whole: Path, count: int = 15):
     assert curve(folder) == curve(whole)
-    assert kill.same(folder, whole) and len(tensors(read_checkpoint(checkpoint_of(whole)))) == 15
+    assert kill.same(folder, whole) and len(tensors(read_checkpoint(checkpoint_of(whole)))) == count
 
 
 def test_checkpoints_change_nothing(whole, quick, tmp_path):
@@ -92,6 +109,32 @@ def test_a_killed_run_goes_on_to_the_same_bits(moment, words, whole, tmp_path):
     (log,) = (tmp_path / "logs").glob("*.txt")
     assert len(re.findall(r"^resumed: step [36], world_size 1$", log.read_text(), re.MULTILINE)) == 1
     assert [trial.complete for trial in read(log).trials] == [True, True]
+
+
+def test_a_killed_run_that_looks_ahead_goes_on_to_the_same_bits(soap_words, soap_whole, tmp_path):
+    """Kills: as above, a point, a drift, an average, a basis or a covariance that is lost; training that goes on from
+    what a validation has shown, or from W where it had looked ahead; a val_ema_loss of another average."""
+    assert killed(tmp_path, [*soap_words, "train_steps=9"], calls=6).returncode == -signal.SIGKILL
+    train(tmp_path, ["--resume", f"logs/{checkpoint_of(tmp_path).name}"])
+    same(tmp_path, soap_whole, count=57)
+
+
+def test_what_a_fork_of_a_rule_may_change(soap_whole, tmp_path):
+    """Kills: a fork that goes on without a state that its rule needs, or with one of another meaning; one that refuses
+    another number."""
+    folder = str(checkpoint_of(soap_whole))
+    for words, name in ((["final_update="], "matrix_update"), (["vector_update="], "vector_update"),
+                        ([f"final_update={SOAP_MUON[-1].split(' | ')[1]}"], "matrix_update")):
+        with pytest.raises(SystemExit) as refused:
+            train(tmp_path / "refused", ["--fork-from", folder, "train_steps=12", *words])
+        assert re.fullmatch(fr"train_gpt.py: --fork-from: {name} is '.*' in .*, with another state than .*: knobs may "
+                            "change, and stages that keep nothing", str(refused.value))
+    train(tmp_path / "fork", ["--fork-from", folder, "train_steps=11", "soap.beta=0.5", "lookahead.size=0.1",
+                              "anchored_average.share=0.5", "val_every=1"])
+    (log,) = (tmp_path / "fork" / "logs").glob("*.txt")
+    rows = [json.loads(line) for line in log.with_suffix(".jsonl").read_text().splitlines() if "val_ema_loss" in line]
+    assert [row["step"] for row in rows] == [9, 11]
+    assert rows[0]["val_loss"] == curve(soap_whole)[0][-1][2] and rows[0]["val_ema_loss"] != curve(soap_whole)[0][-1][3]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -177,6 +220,19 @@ def test_files_of_other_names_stay_in_a_checkpoint(tmp_path):
     (tmp_path / "run" / "folder").mkdir()
     write_checkpoint(tmp_path / "run", "seed0-step3.pt", {"x": torch.zeros(1)})
     assert sorted(os.listdir(tmp_path / "run")) == ["best.pt", "folder", "manifest.json", "notes.txt", "seed0-step3.pt"]
+
+
+def test_a_run_that_goes_on_knows_its_recipe(quick, tmp_path, monkeypatch):
+    """Kills: a resumed run of #36's recipe shown beside result #17, or beside none; a fork with another schedule shown
+    beside the recipe that it left."""
+    recipe = tmp_path / "36_quick"
+    recipe.write_text("\n".join(quick))
+    train(tmp_path, [f"@{recipe}", "--checkpoint-every", "6"])
+    folder = str(checkpoint_of(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    beside = [recall(train_gpt.EXPERIMENT, parse(words)).result for words in (
+        ["--resume", folder], ["--fork-from", folder, "matrix_lr=1"], ["--fork-from", folder, "train_steps=11"])]
+    assert beside == [36, 36, 0]
 
 
 def test_what_a_person_types_for_resume(quick, tmp_path, monkeypatch):
@@ -310,7 +366,8 @@ def test_a_checkpoint_is_of_its_moment(quick, tmp_path, monkeypatch):
 def test_killed_at_any_moment(tmp_path):
     """Kills: as above, with two ranks under torchrun's agent, at five moments, some of them within the writing of a
     checkpoint. `python -m tests.drills.kill` does it fifty times."""
-    code = "import sys; from pathlib import Path; from tests.drills import kill; print(kill.kills(Path(sys.argv[1]), 5))"
+    code = ("import sys; from pathlib import Path; from tests.drills import kill; "
+            "print(kill.kills(Path(sys.argv[1]), 5))")
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, text=True, capture_output=True,
                          env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, timeout=300)
     assert re.fullmatch(r"\(5, [1-5]\)\n", run.stdout), run.stdout + run.stderr

@@ -9,10 +9,11 @@ from conftest import DEVICE, UPDATES, one_process
 from torch import nn
 from torch._dynamo.utils import counters
 
-import aurora
-from aurora import Aurora, Rule, advance_
+import rules
+from aurora import Aurora
 from harness.ranks import Place
 from kernels import cross_entropy, mlp, norm, qkv
+from rules import Rule, advance_
 from train_gpt import GPT, accumulate_gradients, fill, initial_weights, make_banks, override, validation_loss
 
 
@@ -74,7 +75,7 @@ def test_an_update_is_one_graph_a_shape(update, monkeypatch):
 
     def trial(advance):
         # as on a GPU, where numbers are tensors
-        monkeypatch.setattr(aurora, "advance_", lambda rule, W, G, state, knobs: advance(
+        monkeypatch.setattr(rules, "advance_", lambda rule, W, G, state, knobs: advance(
             W, G, state, {name: torch.as_tensor(x, dtype=torch.float32) for name, x in knobs.items()}))
         shapes = [(16, 16)] * 3 + [(24, 8)] * 2 + [(8, 24)] * 2
         params = [nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i)))

@@ -38,8 +38,8 @@ def cut(folder, _):
     os.truncate(folder / "train_1.bin", 1024 + 2 * 1950)
 
 
-def environment(name, value):
-    return lambda _, monkeypatch: monkeypatch.setenv(name, value)
+def environment(**variables):
+    return lambda _, monkeypatch: [monkeypatch.setenv(name, value) for name, value in variables.items()]
 
 
 class Code:
@@ -110,20 +110,23 @@ FAULTS = [  # what is typed, what is planted, the line that a person reads
     (["--seed", str(2**63)], nothing,
      "--seed 9223372036854775808 --trials 1: seeds are 0 to 2^63 - 1, trials at least 1"),
     (["--checkpoint-every", "-1"], nothing, "--checkpoint-every -1: a number of steps, or 0 for never"),
-    ([], environment("WORLD_SIZE", "2"), "WORLD_SIZE=2 but no MASTER_ADDR: start the processes with torchrun"),
-    ([], environment("WORLD_SIZE", "abc"),
+    ([], environment(WORLD_SIZE="2"), "WORLD_SIZE=2 but no MASTER_ADDR: start the processes with torchrun"),
+    ([], environment(WORLD_SIZE="abc"),
      "WORLD_SIZE=abc in the environment: torchrun sets it to a number of at least 1; unset WORLD_SIZE"),
-    ([], environment("WORLD_SIZE", "0"),
+    ([], environment(WORLD_SIZE="0"),
      "WORLD_SIZE=0 in the environment: torchrun sets it to a number of at least 1; unset WORLD_SIZE"),
-    ([], environment("MASTER_PORT", "99999"),
+    ([], environment(MASTER_PORT="99999"),
      "MASTER_PORT=99999 in the environment: torchrun sets it to a number of at least 0 and at most 65535; unset "
      "MASTER_PORT"),
-    ([], environment("RANK", "3"), "RANK=3 with WORLD_SIZE=1 in the environment: torchrun sets both; unset RANK"),
-    ([], environment("LOCAL_RANK", "1"),
+    ([], environment(RANK="3"), "RANK=3 with WORLD_SIZE=1 in the environment: torchrun sets both; unset RANK"),
+    ([], environment(LOCAL_RANK="1"),
      "LOCAL_RANK=1 with RANK=0 in the environment: torchrun sets both; unset LOCAL_RANK"),
-    (["matrix_ir=1"], environment("LOCAL_RANK", "1"),
+    ([], environment(TORCHELASTIC_USE_AGENT_STORE="True", MASTER_ADDR="127.0.0.1", MASTER_PORT="1"),
+     "torchrun is gone: nobody answers at 127.0.0.1:1, where it keeps the store of this job; by hand, unset "
+     "TORCHELASTIC_USE_AGENT_STORE"),
+    (["matrix_ir=1"], environment(LOCAL_RANK="1"),
      "LOCAL_RANK=1 with RANK=0 in the environment: torchrun sets both; unset LOCAL_RANK"),
-    ([], environment("WORLD_SIZE", "3"),
+    ([], environment(WORLD_SIZE="3"),
      "batch_tokens=128 is 8 sequences, which 3 processes cannot share equally: start 2, or change batch_tokens"),
     ([SHARD], nothing,
      "no file {here}/train_*.bin: python data/cached_fineweb10B.py downloads FineWeb, python "
@@ -345,13 +348,24 @@ def test_where_the_locale_is_ascii(quick, tmp_path):
     """Kills: sources, recipes and logs that are read and written as the locale has it."""
     for folder in ("harness", "kernels"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "aurora.py", tmp_path)
+    for name in ("aurora.py", "rules.py"):
+        shutil.copy(ROOT / name, tmp_path)
     text = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
     (tmp_path / "train_gpt.py").write_text(text + "# \u00e9\n", encoding="utf-8")
     (tmp_path / "r").write_text("\n".join(quick) + "\n# \u00e9\n", encoding="utf-8")
     run = start(["@r"], tmp_path, tmp_path / "train_gpt.py", LC_ALL="POSIX", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     assert run.returncode == 0, run.stderr
     assert "# \u00e9" in log_of(tmp_path).read_text(encoding="utf-8")
+
+
+def test_nobody_reads_what_a_run_prints(quick, tmp_path):
+    """Kills: a run that `| head` ends, or a launcher that is gone: with [Errno 32], or at its very end."""
+    run = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py"), *quick], cwd=tmp_path, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    run.stdout.close()
+    assert (run.stderr.read(), run.wait()) == ("", 0)
+    assert read(log_of(tmp_path)).trials[0].complete
 
 
 def test_the_commit_is_of_this_project(tmp_path):

@@ -82,7 +82,8 @@ def test_run_sh_with_gpus(tmp_path):
         stub = tmp_path / name
         stub.parent.mkdir(parents=True, exist_ok=True)
         stub.write_text('#!/bin/sh\ncase "$*" in *find_gpus*|*device_count*) echo 8; exit;; esac\n'
-                        'case "$*" in *--fineweb-shards*) echo 17;; *doctor*) echo well;; *torchrun*) echo step;; esac\n'
+                        'case "$*" in *--fineweb-shards*) echo 17;; *doctor*) echo well;; *torchrun*) echo step;; '
+                        'esac\n'
                         f'echo "{stub.name} $* WORLD_SIZE=$WORLD_SIZE$RANK" >> calls\n')
         stub.chmod(0o755)
     (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")

@@ -106,7 +106,7 @@ def test_diverged_runs_reproduce_nothing(tmp_path, capsys):
     assert capsys.readouterr().out.endswith("NO: 1 runs diverged\n")
 
 
-@pytest.mark.parametrize("of, reason", [(11, "compare judges different recipes"), (46, "--metric val_ema_loss"),
+@pytest.mark.parametrize("of, reason", [(11, "compare judges different recipes"), (46, "no line has a val_ema_loss"),
                                         (41, "claims 20 runs, its published curve holds 1"),
                                         (99, "they are 1 to 46")])  # fmt: skip
 def test_what_cannot_be_compared(tmp_path, capsys, of, reason):

@@ -207,11 +207,72 @@ def test_plan_prices_the_gpus_that_the_log_names(tmp_path, capsys):
 
 
 def test_a_metric_is_not_another(tmp_path, capsys):
-    """Kills: raw losses held against result #46's claim, which is of averaged weights, without a word."""
+    """Kills: raw losses held against result #46's claim, which is of averaged weights, without a word; its claim at
+    2690 said of its raw losses, which pass at 2735; a metric that #44 has not, in silence."""
     path = write(tmp_path / "a.txt", {0: 10.8, 2690: 3.28, 3200: 3.27})
     assert main(["reproduce", path, "--of", "46"]) == 2
-    assert "#46 claims val_ema_loss" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f"records: {path}: no line has a val_ema_loss; --metric val_loss reads what it has\n")
+    assert main(["reproduce", path, "--of", "44", "--metric", "val_ema_loss"]) == 2
     assert verify(capsys, "46")[1].startswith("8 of 8 runs used, target 3.28 of val_ema_loss\n")
+    assert "PASS: 2735 is the earliest step to pass" in verify(capsys, "46", "--metric", "val_loss")[1]
+    said = verify(capsys, "44", "--metric", "val_ema_loss")[1]
+    assert "note: #44 has no val_ema_loss: this is its val_loss\n" in said
+
+
+CLAIMING = UPSTREAM + "class Hyperparameters:\n    metric: str = '{}'\n    target_loss: float = 3.28\n"
+
+
+def both(raw: dict[int, float], claimed: dict[int, float], steps: int) -> str:
+    """Lines as our trainer and upstream's write them where a model is evaluated twice."""
+    return "".join(f"{line} val_ema_loss:{claimed[step]:.5f}{colon}{rest}\n" if step in claimed else line + "\n"
+                   for step, whole in zip(raw, curve(raw, steps).splitlines())
+                   for line, colon, rest in [whole.partition(" train_time:")])
+
+
+@pytest.mark.parametrize("record, step", [(20, 3030), (29, 2990), (30, 2930), (40, 2890), (42, 2860), (44, 2750),
+                                          (45, 2720), (46, 2690)])
+def test_logs_of_the_published_curves(record, step, tmp_path, capsys):
+    """Kills: a step that no run was claimed at, one late or early; raw losses for the metric that the program claims,
+    which no word on the command line names; a result whose own curves are not here."""
+    steps, runs = published.moments(record)[0], published.curves(record)
+    metric = published.METRICS.get(record, "val_loss")
+    for seed, claimed in runs.items():
+        raw = published.curves(record, "val_loss")[seed]
+        lines = both(raw, claimed, steps)
+        write(tmp_path / f"{seed:02}.txt", f"seed: {seed}\n", lines, source=CLAIMING.format(metric))
+    logs = str(tmp_path)
+    status, out, err = verify(capsys, logs, "--all")
+    assert (status, err) == (0, "") and f"PASS: {step} is the earliest step to pass" in out
+    assert int(row(out, step)[1]) == published.result(record).n == len(runs)
+    assert main(["reproduce", logs, "--of", str(record)]) == 0
+    assert f"CONSISTENT with #{record}: off by 0.0000" in capsys.readouterr().out
+    for words in (["compare", logs, str(record)], ["plan", logs]):
+        main(words)
+        assert f"{step}" in capsys.readouterr().out
+    if record == 46:
+        assert main(["list", logs]) == 0 and " (of its val_ema_loss)\n" in capsys.readouterr().out
+        assert "PASS: 2735 is" in verify(capsys, logs, "--metric", "val_loss")[1]
+        assert main(["reproduce", logs, "--of", "46", "--metric", "val_loss"]) == 0
+
+
+@pytest.mark.parametrize("value, says", [
+    ("'val_ema_loss'", "no line has a val_ema_loss, which its program claims; --metric val_loss reads what it has"),
+    ("len('x')", "Hyperparameters.metric is no name: len('x')"), ("'.*'", "Hyperparameters.metric is no name: '.*'")])
+def test_a_claim_without_its_losses(tmp_path, capsys, value, says):
+    """Kills: 'no run can be used' for a log whose lines lack what its program claims; raw losses in its place; a name
+    that is computed, or a pattern, taken for one."""
+    path = write(tmp_path / "a.txt", {0: 10.8, 2900: 3.27}, source=CLAIMING.replace("'{}'", value))
+    assert verify(capsys, path)[::2] == (2, f"records: {path}: {says}\n")
+
+
+def test_two_metrics_are_not_one_sample(tmp_path, capsys):
+    """Kills: the mean of raw losses and of averaged weights'."""
+    for name, metric in (("a", "val_loss"), ("b", "val_ema_loss")):
+        lines = both({0: 10.8, 3200: 3.27}, {0: 10.8, 3200: 3.26 - len(metric) / 1e4}, 3200)
+        write(tmp_path / f"{name}.txt", lines, source=CLAIMING.format(metric))
+    status, _, err = verify(capsys, str(tmp_path))
+    assert status == 2 and err.startswith("records: 2 different metrics: 1 as in ")
 
 
 @pytest.mark.parametrize("words", [["lint", "17"], ["extract", "17"], ["diff", "17", "18"]])

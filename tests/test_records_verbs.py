@@ -11,11 +11,12 @@ from test_records import OURS, ROOT, UPSTREAM, write
 
 import train_gpt
 from harness.log import flatten
-from records import published
+from records import leaderboard, published
 from records.__main__ import VERBS, fold, main, parser
 from records.diff import rules
 from records.plan import extended, fresh
 from records.program import constants, fingerprint, parse, sections
+from records.recipes import align, side_by_side
 from records.statistics import ASSUMED_SD, NOISE, Moments, judge
 
 BANNER = "#" * 40
@@ -155,6 +156,101 @@ def test_diff_names_constants_first(tmp_path, capsys):
     assert out.splitlines()[-1].startswith("DIFFERENT: 5 constants, 4 sections")
 
 
+RULE_44 = "nesterov(ramp(0.85, 0.95, 0, 300)) | soap(0.9) | polar | aspect | floor(0.3825) | step | pin"
+RULE_46 = "nesterov(ramp(.85, .95, 0, 300)) | soap(beta2=0.9) | polar | aspect | row_floor(0.3825) | step | pin | step"
+
+
+def test_rules_are_aligned_by_stages():
+    """Kills: stages paired by their place; two spellings of one number told apart; the bars of a nested call taken for
+    the rule's; a stage that occurs twice, once."""
+    assert align(RULE_44, RULE_46) == [
+        ("nesterov(ramp(0.85, 0.95, 0, 300))", "nesterov(ramp(0.85, 0.95, 0, 300))"), ("soap(0.9)", "soap(beta2=0.9)"),
+        ("polar", "polar"), ("aspect", "aspect"), ("floor(0.3825)", None), (None, "row_floor(0.3825)"),
+        ("step", "step"), ("pin", "pin"), (None, "step")]
+    assert align("a", "a") == [("a", "a")] and align("a(x | y) | b", "b") == [("a(x | y)", None), ("b", "b")]
+    assert side_by_side([("a(1)", "a(2)"), ("b", None), (None, "c"), ("d", "d")]) == [
+        "  a(1)  !  a(2)", "  b     <", "        >  c", "  d        d"]
+    assert max(map(len, side_by_side([("a" * 99, "b" * 55), ("c", "c")]))) < 120
+    assert align("a", "") == [("a", None)]
+    for text in ("a |", "a(", "(" * 300, "-" * 900 + "1"):
+        with pytest.raises(ValueError, match="is no update rule"):
+            align("a", text)
+
+
+def test_diff_of_recipes(tmp_path, capsys):
+    """Kills: a recipe held against nothing where it names no value; a rule as one line; a knob that a line changes
+    alone, passed over; a folder of records/ that is known by its name alone, or by its path."""
+    status, out = run(capsys, "diff", "17_aurora", "36_muon_tuned")
+    assert status == 1 and out == """a: 17_aurora
+b: 36_muon_tuned
+
+matrix_update (! other knobs, < only in a, > only in b)
+  nesterov(0.95)     nesterov(0.95)
+  aurora(2, 0.5)  <
+  contra(0.4)     <
+                  >  polar
+  aspect             aspect
+  floor(0.35)     <
+                  >  decay(0.05)
+  step               step
+
+adam_update (! other knobs, < only in a, > only in b)
+  adamw(0.8, 0.95, 1e-10, 0)  !  adamw(0.8, 0.95, 1e-10, 0.001)
+
+constants (! touches data, model, batch or evaluation, which the rules fix)
+  matrix_lr: 0.0375 -> 0.025
+  embed_lr: 0.3 -> 0.7
+  head_lr: 1 / 320 -> 0.004
+  vector_lr: 0.01 -> 0.015
+  train_steps: 3200 -> 3250
+
+DIFFERENT: 2 rules, 5 constants, 0 sections; 0 of them touch data, model, batch or evaluation
+"""
+    mine = tmp_path / "mine"
+    mine.write_text("floor.target = 0.4  # more\nmicro_batch=2\nhead_lr=0.003125\n")
+    for name in ("17_aurora", "@17_aurora", str(ROOT / "records/17_aurora"), f"@{ROOT}/records/17_aurora/recipe"):
+        _, out = run(capsys, "diff", name, f"@{mine}")
+        assert "\n  floor.target: - -> 0.4\n\nDIFFERENT: 1 constants" in out
+        assert run(capsys, "diff", name, str(ROOT / "records/17_aurora/recipe"))[0] == 0
+    mine.write_text("floor\n")
+    for words, says in ((["@nine", "17_aurora"], "@nine: there is no recipe of that name"),
+                        ([f"@{mine}", "17_aurora"], "is no recipe: 'floor' is not NAME=VALUE")):
+        assert main(["diff", *words]) == 2 and says in capsys.readouterr().err
+
+
+def test_diff_shows_the_rules_of_programs(tmp_path, capsys):
+    """Kills: two lines of eight stages each for a person to compare; a text that is no rule, or a program without one,
+    as an error; a recipe that cannot be held against a log."""
+    a, b, c = (write(tmp_path / name, {0: 10}, source=f"class Hyperparameters:\n    matrix_update: str = {rule!r}\n")
+               for name, rule in (("a", RULE_44), ("b", RULE_46), ("c", "no rule")))
+    status, out = run(capsys, "diff", a, b)
+    assert status == 1 and "\nHyperparameters.matrix_update (!" in out and f" !  {RULE_46[:8]}" not in out
+    assert "\n  floor(0.3825)                       <\n" in out and "0 constants, 1 sections" in out
+    assert f"  Hyperparameters.matrix_update: {RULE_44!r} -> 'no rule'\n" in run(capsys, "diff", a, c)[1]
+    assert "\n  floor(0.35)     !  floor(0.3825)\n" in run(capsys, "diff", "17_aurora", a)[1]
+    assert main(["diff", "17_aurora", log(tmp_path / "d", {0: 10})]) == 2
+    assert "has no class Hyperparameters to hold against a recipe" in capsys.readouterr().err
+
+
+def test_list_shows_every_recipes_rule(capsys, tmp_path, monkeypatch):
+    """Kills: a rule that is broken within a stage, or runs past the screen; a folder left out; 2540 before 36; 3layers as
+    a number."""
+    names = ["9_a", "36_b", "339_c", "2540_d", "3layers"]
+    for k, name in enumerate(names):
+        (tmp_path / name).mkdir()
+        rule = " | ".join(["polar"] * k + [RULE_46] * 3)
+        (tmp_path / name / "recipe").write_text(f"matrix_update={rule}\nsoap.beta=0.{k}\n")
+    assert leaderboard.RECORDS == ROOT / "records"  # it has been imported before the next line
+    monkeypatch.setattr("records.recipes.RECORDS", tmp_path)
+    out = run(capsys, "list")[1]
+    table = out[out.index("recipe  "):out.index("\n\nprogram ")].splitlines()
+    assert max(map(len, table)) <= 100 and all(line.count("(") == line.count(")") for line in table)
+    assert [line[:20].split()[0] for line in table[1:] if line[:20].strip()] == names
+    shown = " ".join(line[20:] for line in table[1:])
+    assert shown.startswith(" | ".join([RULE_46] * 3) + ", soap.beta=0.0 polar | nesterov(")
+    assert list(json.loads(run(capsys, "list", "--json")[1])["recipes"]) == names
+
+
 def test_diff_of_the_same(tmp_path, capsys):
     """Kills: two runs of one recipe told apart by a comment."""
     a, b = log(tmp_path / "a.txt", {0: 10}), log(tmp_path / "b.txt", {0: 10}, old="import os", new="# a\nimport os")
@@ -263,7 +359,8 @@ def test_lint_of_what_reads_shards(against, tmp_path, monkeypatch, capsys):
     source = flatten(ROOT / "train_gpt.py", ROOT)
     Path("base.py").write_text(source)
     for old, new, outcome in (("", "", "unchanged"), ("len(tokens) - 2", "len(tokens) - 3", "changed"),
-                              ("place.rank * part", "place.rank", "changed"), ("offset=1024", "offset=1026", "changed")):
+                              ("place.rank * part", "place.rank", "changed"),
+                              ("offset=1024", "offset=1026", "changed")):
         Path("a.py").write_text(source.replace(old, new))
         checks = json.loads(run(capsys, "lint", "a.py", *against, "--json")[1])["checks"]
         assert {check["what"]: check["outcome"] for check in checks[:2]} == {"data": outcome, "model": "unchanged"}
@@ -392,7 +489,8 @@ def test_json_is_json(words, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words", [["verify", "17"], ["reproduce", "17"], ["compare", "17", "11"], ["plan", "17"],
-                                   ["list"], ["diff", "TINY", "TINY"], ["lint", "TINY"], ["extract", "TINY"]])
+                                   ["list"], ["diff", "TINY", "TINY"], ["lint", "TINY"], ["extract", "TINY"],
+                                   ["diff", "17_aurora", "36_muon_tuned"]])
 def test_verbs_need_the_standard_library_only(words):
     """Kills: an import at the top of a module, by which a verb waits for what it does not use."""
     (tiny,) = (ROOT / "records" / "tiny").glob("*.txt")

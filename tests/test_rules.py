@@ -11,7 +11,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import aurora
-from aurora import RESULT_17, STAGES, Aurora, BelowOne, Rule, Shares, stage, whole, with_knob
+import rules
+from aurora import RESULT_17, Aurora, Shares, column_pairs, row_pairs
+from rules import STAGES, BelowOne, Rule, stage, whole, with_knob
 from train_gpt import Bank, Hyperparameters
 
 SHAPES = SQUARE, TALL, WIDE = (8, 8), (12, 4), (4, 10)
@@ -88,7 +90,15 @@ def own_stages():
     ("adamw | pin", "adamw moves the weight by itself"),
     ("step | adamw", "adamw moves the weight by itself"),
     ("soap | trust_gate | polar | step", "trust_gate needs M, which no stage before it makes: nesterov does"),
+    ("nesterov | polar | anneal(0.5) | step", "anneal needs L, which no stage before it makes: soap does"),
+    ("soap | anneal(0) | step", "ratio is a number above 0 and at most 1, not 0"),
+    ("soap | anneal(at_least(0.5, 2)) | step", "ratio: least is a number above 0 and at most 1, not 2"),
     ("step | polar", "polar stands after step"),
+    ("tail_average | step", "tail_average looks back at the step: put it after step"),
+    ("lookahead | step", "lookahead looks back at the step: put it after step"),
+    ("step | lookahead | tail_average", "tail_average stands after lookahead, which goes beyond the weight"),
+    ("step | lookahead | cautious_decay(0.1)", "cautious_decay stands after lookahead"),
+    ("adamw | lookahead | anchored_average", "anchored_average stands after lookahead"),
     ("step" + " " * 997, "at most 1000 characters, this one 1001"),
     ("", "is not understood: write it as nesterov(0.95) | polar"),
     ("nesterov(0.95) | | step", "is not understood"),
@@ -243,7 +253,8 @@ def test_no_stage_changes_its_inputs(name):
     for shape in SHAPES:
         for stack in ((), (2,)):
             W, *others = (draw(*stack, *shape, seed=seed) for seed in range(6))
-            inputs = dict(W=W, lr=torch.tensor(0.02), t=torch.tensor(1.0), **dict(zip(("G", "U", "N", "M", "W0"), others)))
+            inputs = dict(zip(("G", "U", "N", "M", "W0"), others), W=W, lr=torch.tensor(0.02), t=torch.tensor(1.0),
+                          L=draw(*row_pairs(W), seed=7), R=draw(*column_pairs(W), seed=8))
             inputs = {x: inputs[x] for x in part.takes}
             inputs |= {x: draw(*shape_of(W), seed=6).abs() for x, shape_of in part.state.items()}
             inputs |= {x: torch.tensor(0.1) for x, p in part.knobs.items() if p.default is p.empty}
@@ -252,7 +263,8 @@ def test_no_stage_changes_its_inputs(name):
             assert all(torch.equal(value, before[x]) for x, value in inputs.items())
             made = made if isinstance(made, tuple) else (made,)
             assert len(made) == len(part.makes) + len(part.state)
-            assert all(x.shape == W.shape for x in made[:len(part.makes)])
+            shapes = dict(L=row_pairs(W), R=column_pairs(W))
+            assert all(x.shape == shapes.get(name, W.shape) for name, x in zip(part.makes, made))
 
 
 # Stages of one's own
@@ -296,6 +308,15 @@ def test_a_stage_of_ones_own(smooth):
     assert smooth(start, start)[0].shape == start.shape  # the decorated function stays a function
 
 
+def test_which_losses_a_rule_has(smooth):
+    """Kills: a second validation because a stage's state is called average, or because a lookahead has a view of its
+    own; an average whose loss a run does not measure."""
+    ends = {"smooth | step": ["val_loss"], "step | lookahead": ["val_loss"],
+            "step | tail_average | lookahead": ["val_loss", "val_ema_loss"],
+            "step | anchored_average": ["val_loss", "val_ema_loss"]}
+    assert {end: Hyperparameters(matrix_update=f"nesterov | {end}").metrics for end in ends} == ends
+
+
 def test_a_stage_that_returns_too_little(own_stages):
     """Kills: state that silently keeps its zeros because a stage forgot to return it."""
     @stage(average=whole)
@@ -324,7 +345,7 @@ def test_a_stage_that_no_graph_can_hold(name, graphs, runs, own_stages, monkeypa
             pass
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda *arguments, **named: contextlib.nullcontext())
-    monkeypatch.setattr(aurora, "compiled_rule", lambda text: lambda *arguments: calls.append(text))
+    monkeypatch.setattr(rules, "compiled_rule", lambda text: lambda *arguments: calls.append(text))
     with FakeTensorMode(), Unguarded():
         params = {name: nn.Parameter(torch.empty(rows, 4, device="cuda")) for name, rows in (("a", 4), ("b", 8))}
         bank = Bank(params, (4, 4), rule, lambda step: 0.1, pool="pool")
@@ -356,13 +377,14 @@ def test_a_second_part_runs_beside_the_next_pass(own_stages, monkeypatch):
         yield
         said.append("on main")
     monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(aurora, "compiled_rule", lambda text: lambda *arguments: said.append("step"))
+    monkeypatch.setattr(rules, "compiled_rule", lambda text: lambda *arguments: said.append("step"))
 
     @stage(captured=False, average=whole, after=lambda average: said.append("after") or {})
     def slow(U, average):
         return U, average
     with FakeTensorMode(), Unguarded():
-        bank = Bank({"a": nn.Parameter(torch.empty(4, 4, device="cuda"))}, (4, 4), Rule.of("slow | step"), lambda _: 0.1)
+        params = {"a": nn.Parameter(torch.empty(4, 4, device="cuda"))}
+        bank = Bank(params, (4, 4), Rule.of("slow | step"), lambda _: 0.1)
         for step in range(2):
             bank.reduce()
             bank.step(step)

@@ -1,131 +1,41 @@
-"""The matrix step of result #46, as one line of stages, against a loop over single matrices in float64 NumPy."""
+"""The stages of results #29 to #46 and of the claims after them: what each keeps, and the published schedules. Tests of
+the whole loop are in test_whole_loop.py."""
 
 import numpy as np
 import pytest
 import torch
 
-import aurora
-from aurora import Rule, brake, cautious_decay, hyperball, next_bases, pin, row_floor, schatten4
+from aurora import (
+    anneal, bimaxwell, brake, cautious_decay, hyperball, lookahead, nesterov, next_bases, pin, raw_adam, row_floor,
+    schatten4, tail_average, trust_gate,
+)
+from rules import Rule
+from train_gpt import learning_rate_factor, override
 
 TEXT = ("nesterov(ramp(0.85, 0.95, 0, 6)) | soap(0.9) | schatten4_polar | aspect | brake(0.5) | row_floor(0.3825) | "
         "step | pin | cautious_decay(0.5)")
-STEPS, LR = 10, 0.05
-SHAPES = [(6, 4), (4, 6), (5, 5)]
+LR = 0.05
 
 
 def draw(*shape, seed=0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def schatten4_of(X) -> float:
-    return (np.linalg.svd(X, compute_uv=False) ** 4).sum() ** 0.25
-
-
-def newton_schulz(X):
-    """Twelve steps of 2 x - 1.5 x^3 + .5 x^5 on the singular values."""
-    u, s, vt = np.linalg.svd(X, full_matrices=False)
-    s = s / max(schatten4_of(X), 1e-7)
-    for _ in range(12):
-        s = 2 * s - 1.5 * s**3 + 0.5 * s**5
-    return u * s @ vt
-
-
-def covariance(size: int, seed: int) -> torch.Tensor:
-    """What a run has after some steps: of full rank, so that rounding does not choose the bases."""
-    A = draw(size, 2 * size, seed=seed)
-    return A @ A.mT / size
-
-
-def refreshed(L, R, Q, P, v, G):
-    L, R = 0.9 * L + 0.1 * G @ G.T, 0.9 * R + 0.1 * G.T @ G
-    rows, columns = (np.argsort(-np.diag(B.T @ C @ B), kind="stable") for B, C in ((Q, L), (P, R)))
-    Q, P = (np.linalg.qr((C @ B)[:, order])[0] for B, C, order in ((Q, L, rows), (P, R, columns)))
-    return L, R, Q, P, v[rows][:, columns]
-
-
-def twin(W, gradients, mistake=None):
-    """Result #46's step, one matrix, in the order of its program; or with one mistake."""
-    m, n = W.shape
-    M, v, L, R = np.zeros((m, n)), np.zeros((m, n)), covariance(m, 1).numpy(), covariance(n, 2).numpy()
-    Q, P = np.linalg.qr(L)[0], np.linalg.qr(R)[0]
-    for t, G in enumerate(gradients):
-        mu = 0.85 + 0.1 * min(t / 6, 1)
-        M = mu * M + (1 - mu) * G
-        N = mu * M + (1 - mu) * G
-        if mistake == "statistics before use":
-            L, R, Q, P, v = refreshed(L, R, Q, P, v, G)
-        whose = G if mistake == "second moment of the gradient" else N
-        v = 0.9 * v + 0.1 * (Q.T @ whose @ P) ** 2
-        X = Q @ (Q.T @ N @ P / np.sqrt(np.maximum(v, 1e-16))) @ P.T
-        X = X * max(schatten4_of(N), 1e-8) / max(schatten4_of(X), 1e-8)
-        U = newton_schulz(X) * max(1, m / n) ** 0.5
-
-        def braked(U):
-            along = (U * W).sum() / max((W * W).sum(), 1e-12)
-            outward = along > 0 if mistake == "brake on the inward side" else along < 0
-            return U - 0.5 * along * W if outward else U
-
-        def floored(U):
-            rows, least = (np.linalg.norm(x, axis=1, keepdims=True) for x in (U, W))
-            return U * np.maximum(1, 0.3825 * np.maximum(least, 1e-8) / np.maximum(rows, 1e-8))
-        U = braked(floored(U)) if mistake == "floor before brake" else floored(braked(U))
-        r = max(np.linalg.norm(W), 1e-8)
-        radius = max(r - LR * (U * W).sum() / r, 1e-8)
-        mask = U * W > 0
-        moved = W - LR * U
-        if mistake == "pin after decay":
-            moved = moved * (1 - LR * 0.5 * mask)
-        moved = moved * radius / max(np.linalg.norm(moved), 1e-8)
-        if mistake != "pin after decay":
-            moved = moved * (1 - LR * 0.5 * mask)
-        W = moved
-        if mistake != "statistics before use":
-            L, R, Q, P, new = refreshed(L, R, Q, P, v, G)
-            v = v if mistake == "second moment not reordered" else new
-    return W
-
-
-@pytest.fixture
-def in_float64(monkeypatch):
-    """The stage's polar factor computes in bf16; here in float64, so that the whole step can be held to 1e-9."""
-    exact = aurora.polar
-    monkeypatch.setattr(aurora, "schatten4_polar",
-                        lambda G: exact(G, dtype=torch.float64, norm=lambda X: schatten4(X).clamp(min=1e-7) - 1e-7))
-
-
-def run(shape, seed=0) -> tuple[np.ndarray, list]:
-    """The stages' weight after some steps, and the gradients: of unlike scale along rows and columns, the first zero."""
-    scale = torch.logspace(0, -1, shape[0], dtype=torch.float64)[:, None] * torch.logspace(0, 1, shape[1])
-    gradients = [draw(*shape, seed=100 + i) * scale * (i > 0) for i in range(STEPS)]
-    rule, W = Rule.of(TEXT), draw(*shape, seed=seed)[None]
-    state = rule.state(W)
-    for name, size, seed in (("row", shape[0], 1), ("column", shape[1], 2)):
-        state[f"soap.{name}_covariance"].copy_(covariance(size, seed))
-        state[f"soap.{name}_basis"].copy_(torch.linalg.qr(covariance(size, seed)).Q)
-    for step, G in enumerate(gradients):
-        rule.advance_(W, G[None], state, dict(lr=LR, t=step + 1) | rule.at(step))
-        rule.after_(state, step + 1)
-    return W[0].numpy(), [G.numpy() for G in gradients]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_step_of_result_46(shape, in_float64):
-    """Kills: an exchange of two stages, a second moment that is not reordered with its bases, statistics that see this
-    step's gradient before they are used, a gate or a floor at the wrong end. Ten steps, exact to 1e-8: the bases' signs
-    are free, and QR rounds."""
-    ours, gradients = run(shape)
-    np.testing.assert_allclose(ours, twin(draw(*shape).numpy(), gradients), rtol=0, atol=1e-8)
-
-
-@pytest.mark.parametrize("mistake", [
-    "second moment of the gradient", "statistics before use", "second moment not reordered",
-    "brake on the inward side", "floor before brake", "pin after decay"])
-def test_a_mistake_is_seen(mistake, in_float64):
-    """Kills: a comparison that cannot fail. Every mistake moves the weight of some shape by more than a thousandth."""
-    def distance(shape):
-        ours, gradients = run(shape)
-        return np.abs(ours - twin(draw(*shape).numpy(), gradients, mistake)).max()
-    assert max(map(distance, SHAPES)) > 1e-3
+def test_what_soap_does_not_depend_on():
+    """Kills: a covariance or a second moment that a basis does not turn with, an epsilon that is felt. Columns of the
+    bases may have either sign; gradients a thousand times as long make updates as much longer."""
+    rule, seen = Rule.of("nesterov(0.9) | soap(0.9, 0.9) | step"), []
+    for scale, flip in ((1, 1), (1, -1), (1000, 1)):
+        W = torch.zeros(1, 5, 5, dtype=torch.float64)  # square: of a gradient of lower rank, rounding chooses bases
+        state = rule.state(W)
+        for step in range(8):
+            rule.advance_(W, scale * draw(1, 5, 5, seed=step), state, dict(lr=1.0, t=step + 1))
+            rule.after_(state, step + 1)
+            for name in ("row", "column"):
+                state[f"soap.{name}_basis"][..., ::2] *= flip
+        seen.append(W / scale)
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-9)
+    torch.testing.assert_close(seen[2], seen[0], rtol=0, atol=1e-9)
 
 
 def test_bases_find_the_eigenvectors():
@@ -186,3 +96,185 @@ def test_what_keeps_a_length(shape):
     rows = row_floor(1e-3 * U, W, 0.5).norm(dim=-1)
     torch.testing.assert_close(rows, 0.5 * W.norm(dim=-1))
     assert torch.equal(row_floor(100 * U, W, 0.5), 100 * U)
+
+
+def gate(U, M, G, **bounds) -> float:
+    """How much of U there is in what the gate lets through, of 1 in all."""
+    through = trust_gate(U, M, G, **bounds)[0]
+    torch.testing.assert_close(schatten4(through), schatten4(M))
+    both = torch.stack([M.flatten(), U.flatten()], dim=1)
+    of_M, of_U = torch.linalg.lstsq(both, through.flatten()).solution
+    return (of_U / (of_M + of_U)).item()
+
+
+def test_how_far_the_gate_opens():
+    """Kills: a gate at the wrong end, a cap under the floor's place or the other way round, an agreement that is not
+    measured from 0.2 on, another norm. U that is nearly M and downhill is trusted wholly, or up to the cap; its
+    opposite, what is across, and what agrees by less than a cosine of 0.2, by the floor alone."""
+    M, D = draw(6, 4), draw(6, 4, seed=1)
+    D = D - (D * M).sum() / (M * M).sum() * M
+    D = D * M.norm() / D.norm()
+    alike = M + 1e-4 * D
+    assert gate(alike, M, M + D) == pytest.approx(1, abs=1e-6)
+    assert gate(alike, M, M + D, cap=0.85) == pytest.approx(0.85, abs=1e-6)
+    for U in (-M + 1e-4 * D, D, 0.19 * M + D):
+        for floor in (0, 0.225, 0.45):
+            assert gate(U, M, M + D, floor=floor, cap=0.85) == pytest.approx(floor, abs=1e-6)
+    # a cosine of 0.6 to M, and of 1.4 / 2^(1/2) and 1 / 2^(1/2) to G: trusted by 0.4 / 0.8
+    assert gate(0.6 * M + 0.8 * D, M, M + D) == pytest.approx(0.5)
+    # the same, and downhill by 0.6 of what M is
+    assert gate(0.6 * M + 0.8 * D, M, M) == pytest.approx(0.5 * 0.6)
+    stack = [torch.stack(x) for x in ((alike, D, M), (M, M, M), (M + D, D, M - D))]
+    for one, *single in zip(trust_gate(*stack, floor=0.3)[0], *stack):
+        torch.testing.assert_close(one, trust_gate(*single, floor=0.3)[0])
+    assert torch.equal(trust_gate(D, M, M, share=0)[0], D)
+    assert not trust_gate(0 * M, 0 * M, 0 * M)[0].any()
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (2, 4, 6)])
+def test_annealing(shape):
+    """Kills: a spectrum that is turned over, a factor whose mean is not 1, another length, a start of the covariances
+    before the rate falls, a sum over the stack. The factors' logarithms are linear in x, which is standardised and
+    clipped."""
+    U, G = draw(*shape), draw(*shape, seed=1)
+    Q, P = (torch.linalg.qr(draw(*shape[:-2], n, n, seed=n)).Q for n in shape[-2:])
+    none = [torch.zeros_like(Q), torch.zeros_like(P)]
+    same, *kept = anneal(U, G, Q, P, *none, 1.0)
+    torch.testing.assert_close(same, U)
+    assert not any(x.any() for x in kept)
+    cooled, A, B = anneal(U, G, Q, P, *kept, 0.6, exponent=0.1)
+    torch.testing.assert_close(A, G @ G.mT)
+    torch.testing.assert_close(B, G.mT @ G)
+    torch.testing.assert_close(cooled.norm(dim=(-2, -1)), U.norm(dim=(-2, -1)))
+    factors = ((Q.mT @ cooled @ P) / (Q.mT @ U @ P)).log()
+    factors = (factors - factors.mean((-2, -1), keepdim=True)) / 0.1 / np.log(0.6)  # x, but for what the length took
+    x = (Q.mT @ G @ G.mT @ Q).diagonal(dim1=-2, dim2=-1).log().unsqueeze(-1) + \
+        (P.mT @ G.mT @ G @ P).diagonal(dim1=-2, dim2=-1).log().unsqueeze(-2)
+    x = (x - x.mean((-2, -1), keepdim=True)) / x.std((-2, -1), keepdim=True)
+    assert x.ndim == 2 or (x.abs() > 2).any()
+    x = x.clamp(-2, 2)
+    torch.testing.assert_close(factors, x - x.mean((-2, -1), keepdim=True))
+    _, A, _ = anneal(U, 2 * G, Q, P, A, B, 0.5, forget=0.25)
+    torch.testing.assert_close(A, 1.75 * G @ G.mT)
+    assert anneal(U, 0 * G, Q, P, *none, 0.5)[0].isfinite().all()
+
+
+def test_two_buffers():
+    """Kills: a share at the wrong buffer, a Nesterov step with a buffer's rate in place of mu. Of equal rates it is
+    nesterov's bits; with those of the claim a gradient is 30 steps old in the mean, where nesterov's is 19."""
+    G = [draw(5, 3, seed=i).float() for i in range(8)]
+    M, F, S = (torch.zeros(5, 3) for _ in range(3))
+    for g in G:
+        one, *_, M = nesterov(g, M, 0.95)
+        two, *_, F, S = bimaxwell(g, F, S, 0.95, 0.95, 0.95)
+        assert torch.equal(one, two) and torch.equal(M, F)
+
+    def age(rule) -> float:
+        """Of a gradient in what the buffers hold, of one impulse followed by nothing."""
+        state, held = [torch.zeros(1, dtype=torch.float64)] * (2 - (rule is nesterov)), []
+        for t in range(4000):
+            U, *others = rule(torch.full((1,), float(t == 0), dtype=torch.float64), *state)
+            state = others[2:]
+            held.append((U / 0.95).item() if t else (U.item() - 0.05) / 0.95)
+        return np.average(np.arange(4000), weights=held)
+    assert age(nesterov) == pytest.approx(19) and age(bimaxwell) == pytest.approx(0.4385 * 17 / 3 + 0.5615 * 49)
+    assert age(bimaxwell) == pytest.approx(30, abs=0.01)
+
+
+def test_the_start_of_two_buffers():
+    """Kills: a step between the momentum's rates and the buffers' own. The claim makes two of one at the end of the
+    step that has 1000 before it, and from the next on they have their rates: that is a schedule of one step."""
+    mu = "ramp(ramp(0.85, 0.95, 0, 300), 0.85, 2700, 2900)"
+    rule = Rule.of(f"bimaxwell({mu}, ramp({mu}, 0.85, 1000, 1001), ramp({mu}, 0.98, 1000, 1001), 0.4385) | step")
+    random, W = torch.Generator().manual_seed(0), torch.zeros(1, 3, 2, dtype=torch.float64)
+    state, M = rule.state(W), W.clone()
+    for t in range(1010):
+        G = torch.randn(1, 3, 2, generator=random, dtype=torch.float64)
+        at = W.clone()
+        rule.advance_(W, G, state, dict(lr=1.0, t=t + 1) | rule.at(t))
+        rate = min(0.85 + 0.1 * t / 300, 0.95)
+        if t <= 1000:
+            M = F = S = rate * M + (1 - rate) * G
+        else:
+            F, S = 0.85 * F + 0.15 * G, 0.98 * S + 0.02 * G
+        N = rate * (0.4385 * F + 0.5615 * S) + (1 - rate) * G
+        torch.testing.assert_close(at - W, N, rtol=0, atol=1e-13)  # of W's rounding, which is some 30 numbers long
+
+
+def test_adam_as_it_starts():
+    """Kills: a corrected moment, an epsilon under the root. Of a constant gradient every step of Adam's is 1 long: the
+    ratio is what the correction is worth, 3.651 at the first step of beta2 = 0.997 and at most 5.520, at the sixth."""
+    mean = square = torch.zeros(3, dtype=torch.float64)
+    start = []
+    for _ in range(40):
+        U, mean, square = raw_adam(torch.full((3,), -7.0, dtype=torch.float64), mean, square, 0.8, 0.997)
+        start.append(-U[0].item())
+    expected = [(1 - 0.8**t) / (1 - 0.997**t) ** 0.5 for t in range(1, 41)]
+    assert start == pytest.approx(expected, rel=1e-9)
+    assert start[0] == pytest.approx(3.651, abs=5e-4) and max(start) == start[5] == pytest.approx(5.520, abs=5e-4)
+    tiny = raw_adam(torch.full((1,), 1e-10, dtype=torch.float64), mean[:1] * 0, mean[:1] * 0, 0, 0)[0]
+    assert tiny.item() == pytest.approx(0.5)
+
+
+def test_lookahead_of_a_drift():
+    """Kills: a movement measured from the point ahead, a running mean that forgets with the other weight, a point that
+    is not the one before the move. An inner step of a constant d comes to move W by d / (1 - size)."""
+    d, ahead = draw(3), draw(3, seed=1)
+    point, drift, seen = torch.zeros(3).double(), torch.zeros(3).double(), [ahead]
+    for t in range(1, 3001):
+        ahead, point, drift = lookahead(ahead + d, ahead, point, drift, t, size=0.3)
+        seen.append(point)
+    torch.testing.assert_close(seen[1] - seen[0], d)
+    torch.testing.assert_close(drift, d / 0.7)
+    torch.testing.assert_close(seen[-1] - seen[-2], d / 0.7)
+    torch.testing.assert_close(ahead, point + 0.3 * drift)
+
+
+def test_an_average_of_the_tail():
+    """Kills: an average that begins at zero, a step early or late, or not with W's bits; another rate than 1 / steps.
+    (1 - 1/tau)^k e_0 + sum of (1 - 1/tau)^(k - j) W_j / tau, and behind a drift by tau - 1 steps."""
+    W, average = [draw(4, seed=t).float() for t in range(30)], torch.zeros(4)
+    for t in range(1, 30):
+        average, = tail_average(W[t], average, t, 10, 5)
+        if t <= 10:
+            assert torch.equal(average, W[t])
+    expected = 0.8**19 * W[10] + sum(0.8 ** (29 - j) * W[j] / 5 for j in range(11, 30))
+    torch.testing.assert_close(average, expected)
+    average = torch.zeros(1, dtype=torch.float64)
+    for t in range(1, 400):
+        average, = tail_average(torch.full((1,), float(t), dtype=torch.float64), average, t, 10, 5)
+    assert 399 - average.item() == pytest.approx(4)
+
+
+# Schedules
+
+def test_the_published_schedules():
+    """Kills: a schedule that counts from the other end or is a step off, where result #46 tells numbers. A lookahead
+    stands before the gradient of step t there, and after the step before here: its number is that of t - 1."""
+    rule = Rule.of("nesterov(ramp(ramp(0.85, 0.95, 0, 300), 0.85, 2700, 2900)) | soap | "
+                   "trust_gate(ramp(0.45, 0, 1375, 1625), ramp(0.85, 1, 1624, 1625)) | schatten4_polar | "
+                   "anneal(at_least(power(1, 2900, 2386.4, 1.2), 0.3)) | step | tail_average | "
+                   "lookahead(between(power(0.3, 2900, 1413, 1.2), 299, 1949))")
+
+    def at(name, *steps):
+        return [rule.at(t)[name] for t in steps]
+    assert at("nesterov.mu", 0, 150, 300, 2700, 2800, 2900) == pytest.approx([0.85, 0.9, 0.95, 0.95, 0.9, 0.85])
+    assert at("trust_gate.floor", 0, 1375, 1500, 1625, 2900) == pytest.approx([0.45, 0.45, 0.225, 0, 0])
+    assert at("trust_gate.cap", 0, 1375, 1624, 1625, 2900) == [0.85, 0.85, 0.85, 1, 1]
+    before = [at("lookahead.size", t - 1)[0] for t in (1, 299, 300, 1487, 1600, 1949, 1950, 2900)]
+    assert [round(x, 3) for x in before] == [0, 0, 0.3, 0.3, 0.272, 0.187, 0, 0]
+    assert at("anneal.ratio", 0, 513, 2900) == [1, 1, 0.3] and 0.99 < at("anneal.ratio", 514)[0] < 1
+    assert at("anneal.ratio", 2024) == pytest.approx([(876 / 2386.4) ** 1.2]) and at("anneal.ratio", 2025) == [0.3]
+
+
+def test_the_published_rates():
+    """Kills: another exponent, a length of the cooldown that is rounded, a cooldown to another step. The programs of
+    results #20 to #46 have min(rate, c (2900 - t)^1.2), with these c."""
+    hp = override(["train_steps=2900", "matrix_schedule=power(2386.4, 1.2)", "adam_schedule=power(1413, 1.2)"])
+    for rate, c, family in ((0.3, 4.976805410800738e-05, "adam"), (1 / 320, 5.184172302917436e-07, "adam"),
+                            (0.01, 1.6589351369335795e-06, "adam"), (0.0375, 3.3169534699576625e-06, "matrix")):
+        for t in (0, 513, 514, 1486, 1487, 1488, 2000, 2690, 2899, 2900):
+            ours = rate * learning_rate_factor(t, hp, family)
+            assert ours == pytest.approx(min(rate, c * (2900 - t) ** 1.2), rel=1e-12, abs=0)
+    assert learning_rate_factor(2690, hp, "matrix") == pytest.approx(0.0541, abs=5e-5)
+    assert learning_rate_factor(2690, hp, "adam") == pytest.approx(0.1015, abs=5e-5)

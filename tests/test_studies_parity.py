@@ -1,5 +1,5 @@
-"""studies/parity.py: what it changes in another script, the tokens it lays out, its verdict, and a comparison end to end
-with studies/stand_in.py, a trainer that shares no line with ours. Every test was seen to fail."""
+"""studies/parity.py: what it changes in another script, the tokens it lays out, its verdict, and a comparison end to
+end with studies/stand_in.py, a trainer that shares no line with ours. Every test was seen to fail."""
 
 import random
 from difflib import unified_diff

@@ -560,7 +560,7 @@ def test_the_program_of_a_log_is_its_files(tmp_path):
         above.add(name)
     folders = {f"{path.parent.name}/{path.name}" for path in ROOT.glob("*/[!_]*.py")
                if path.parent.name in ("kernels", "harness")}
-    assert above == {"train_gpt.py", "aurora.py", *folders} - {"harness/doctor.py", "harness/torchrun.py"}
+    assert above == {"train_gpt.py", "aurora.py", "rules.py", *folders} - {"harness/doctor.py", "harness/torchrun.py"}
     (tmp_path / "program.py").write_text(source)
     assert flatten(tmp_path / "program.py", tmp_path) == source
 

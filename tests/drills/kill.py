@@ -49,11 +49,11 @@ def tensors(state) -> list:
 
 
 def curve(folder: Path) -> list:
-    """(seed, step, loss) of every line of the sidecar, the log's lines without times, and the neurons' file."""
+    """(seed, step, losses) of every line of the sidecar, the log's lines without times, and the neurons' file."""
     (path,) = (folder / "logs").glob("*.txt")
     rows = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
     lines = [re.sub(r" train_time.*", "", line) for line in path.read_text().split("=" * 100)[2].splitlines()]
-    return ([(row["seed"], row["step"], row.get("val_loss", row.get("loss"))) for row in rows],
+    return ([(row["seed"], row["step"], *(x for name, x in row.items() if name.endswith("loss"))) for row in rows],
             [line for line in lines if not line.startswith("resumed: ")],
             gzip.open(path.with_suffix(".neurons.jsonl.gz")).read())
 
