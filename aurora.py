@@ -121,7 +121,16 @@ def schatten4(X: Tensor) -> Tensor:
     return torch.where(norm < torch.inf, norm, frobenius(X))  # a product overflowed: ||X||_F is no smaller
 
 
-def polar(G: Tensor, coefficients=SIMPLE_QUINTIC_12, dtype=torch.bfloat16, norm=frobenius) -> Tensor:
+# what publications divide by, never 0
+def offset_frobenius(X: Tensor) -> Tensor:
+    return frobenius(X) + 1e-7
+
+
+def clamped_schatten4(X: Tensor) -> Tensor:
+    return schatten4(X).clamp(min=1e-7)
+
+
+def polar(G: Tensor, coefficients=SIMPLE_QUINTIC_12, dtype=torch.bfloat16, norm=offset_frobenius) -> Tensor:
     """U V^T of the thin SVD G = U S V^T, approximately, computed and returned in `dtype`. polar(0) = 0.
 
     Newton-Schulz moves each singular value s to p(...p(s / norm(G))). Those above 1e-3 norm(G) end within 5e-6 of 1
@@ -134,7 +143,7 @@ def polar(G: Tensor, coefficients=SIMPLE_QUINTIC_12, dtype=torch.bfloat16, norm=
     tall = X.size(-2) > X.size(-1)
     if tall:
         X = X.mT
-    X = (X / (norm(X) + 1e-7)).to(dtype)  # singular values at most 1
+    X = (X / norm(X)).to(dtype)  # singular values at most 1
     X = newton_schulz(X.reshape(-1, *X.shape[-2:]), coefficients).view(X.shape)
     return X.mT if tall else X
 
@@ -143,7 +152,7 @@ def polar(G: Tensor, coefficients=SIMPLE_QUINTIC_12, dtype=torch.bfloat16, norm=
 jordan_polar = partial(polar, coefficients=QUINTIC_5)
 cans_polar = partial(polar, coefficients=CANS_12, dtype=torch.float32)
 polar_express = partial(polar, coefficients=POLAR_EXPRESS_8, dtype=torch.float32)
-schatten4_polar = partial(polar, norm=schatten4)
+schatten4_polar = partial(polar, norm=clamped_schatten4)
 
 
 def row_norms(X: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def shards_of(hp: Hyperparameters) -> tuple[list[str], list[str]]:
     byte_sized = hp.vocab_size == 257
     try:
         vocab_size = END_OF_TEXT + 1 if byte_sized else hp.vocab_size
-        train = list(find_shards(hp.train_files, hp.batch_tokens, hp.train_steps, vocab_size))
+        train = list(find_shards(hp.train_files, hp.batch_tokens, hp.last_step, vocab_size))
         val = list(find_shards(hp.val_files, hp.val_tokens, 1, vocab_size))
         for path in (train + val) * byte_sized:
             tokens = open_shard(path)
@@ -71,21 +71,21 @@ def open_worker():
 def training(hp: Hyperparameters, seed: int) -> Iterator[tuple[int, float, list[Tensor]]]:
     """Train from the initial weights of a seed, on the same batches for every seed.
 
-    Yields, at the validation steps, the step, the validation loss, and the momentum of each layer's up-projection.
+    Yields, at the validation steps, the step, the metric, and the momentum of each layer's up-projection.
     """
     with device():
         model = train_gpt.GPT(hp)
     banks = train_gpt.make_banks(model, hp, Place(0, 1, device()))
-    train_gpt.fill(banks, train_gpt.initial_weights(model, seed))
+    train_gpt.fill(banks, train_gpt.initial_weights(model, seed, hp.init))
     if device().type == "cuda":
         model.compile(dynamic=False)
     train_shards, val_shards = shards_of(hp)
     train_batches, validation = batches(train_shards, hp.batch_tokens, hp), next(batches(val_shards, hp.val_tokens, hp))
-    for step in range(hp.train_steps + 1):
+    for step in range(hp.last_step + 1):
         if train_gpt.is_validation_step(step, hp):
             momenta = [bank.state["nesterov.momentum"][i] for bank, i in owned_neurons(banks).values()]
-            yield step, train_gpt.validation_loss(model, *validation, hp), momenta
-        if step == hp.train_steps:
+            yield step, train_gpt.validation_losses(model, banks, validation, step, hp)[hp.metric], momenta
+        if step == hp.last_step:
             return
         train_gpt.accumulate_gradients(model, banks, next(train_batches), hp)
         train_gpt.update(banks, step)

@@ -2,12 +2,13 @@
 
 import csv
 import math
+import re
 
 import numpy as np
 import pytest
 from conftest import EOT, write_shard
 
-from studies import alignment, expansion, neuron_death, orthogonality, training, transfer
+from studies import alignment, expansion, leave_one_out, neuron_death, orthogonality, training, transfer
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,37 @@ def test_gains_are_of_pairs_at_each_ones_best_rate():
     # of .1, .2, .3: deviation .1, t = 4.303 with two degrees of freedom
     assert [normuon[key] for key in ("gain over Muon", "low", "high")] == pytest.approx(
         [0.2, 0.2 - 0.4303 / 3**0.5, 0.2 + 0.4303 / 3**0.5])
+
+
+def test_leave_one_out(tmp_path, text):
+    """Kills: a part that is left in, or another's name on it; a rule that does not reach the run, pairs of unequal
+    seeds. After 36 steps the average has not begun."""
+    rows = quick(leave_one_out, tmp_path, text)
+    losses = {(row["without"], row["seed"]): row["val_loss"] for row in rows}
+    assert len(rows) == len(losses) == 11 * 2 and all(row["step"] == 36 for row in rows)
+    pairs = {part: (losses[part, 0], losses[part, 1]) for part in leave_one_out.PARTS}
+    assert len(set(pairs.values())) == 10 and pairs["tail_average"] == pairs[leave_one_out.WHOLE]
+    assert losses[leave_one_out.WHOLE, 0] != losses[leave_one_out.WHOLE, 1]
+
+
+def test_every_part_is_left_out_once():
+    """Kills: two parts left out at once, or the wrong one, where it does not show in 36 steps."""
+    whole, *others = (set(re.findall(r"[a-z_]\w*", " ".join(words))) for words in leave_one_out.PARTS.values())
+    assert [whole - words for words in others] == [
+        {"soap"}, {"trust_gate", "attn_proj"}, {"brake"}, {"row_floor"}, {"pin"}, {"cautious_decay"}, set(),
+        {"lookahead", "between"}, {"val_ema_loss"}, {"raw_adam", "attn_proj_bias", "gains"}]
+
+
+def test_differences_are_of_pairs():
+    """Kills: a difference of the other sign, unpaired or one-sided intervals, rows paired as they came, a part that is
+    called seen within its interval."""
+    rows = [dict(without=part, seed=seed, val_loss=seed + gain * (seed + 1)) for gain, part in
+            enumerate(leave_one_out.PARTS) for seed in range(3)]
+    lines = leave_one_out.differences(rows[::-1])
+    # of 1, 2, 3: deviation 1, t = 4.303 with two degrees of freedom
+    assert [lines[0][key] for key in ("loss more by", "low", "high")] == pytest.approx(
+        [2, 2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5], abs=1e-3)
+    assert lines[0]["seen"] == "too small to see" and len(lines) == 10
 
 
 @pytest.mark.parametrize("overrides, says", [

@@ -14,7 +14,6 @@ from conftest import one_process
 
 import aurora
 import train_gpt
-from aurora import schatten4
 from harness.ranks import Place
 from train_gpt import GPT, Bank, accumulate_gradients, fill, initial_weights, make_banks, override, update
 
@@ -87,7 +86,7 @@ def in_float64(monkeypatch):
     """Masters, state and knobs in float64, and the polar factor, which otherwise computes in bf16."""
     exact = aurora.polar
     monkeypatch.setattr(aurora, "schatten4_polar",
-                        lambda G: exact(G, dtype=torch.float64, norm=lambda X: schatten4(X).clamp(min=1e-7) - 1e-7))
+                        lambda G: exact(G, dtype=torch.float64, norm=aurora.clamped_schatten4))
 
     def bank(params, slot, rule, lr, dtype, pool):
         made = Bank(params, slot, rule, lr, torch.float64, pool)
