@@ -5,7 +5,7 @@ from datasets.exceptions import DatasetsError
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import make_table as table
 
-from aurora import nearest
+from rules import nearest
 from trained.model import END_OF_TEXT, log_likelihoods
 
 PAPER = "hellaswag", "arc_challenge", "winogrande", "mmlu", "piqa", "openbookqa", "lambada_openai"  # arXiv 2606.27715's
