@@ -151,9 +151,9 @@ def read_checkpoint(folder: Path) -> dict:
 ########################################
 #            State of a run            #
 ########################################
-# With --checkpoint-every N the newest state is in logs/NAME.checkpoint, in the end the last step's; SIGUSR1 saves at the
-# next step, SIGTERM, SIGHUP and Ctrl-C save and stop; under nohup, which asks that a run outlives its terminal, SIGHUP
-# saves alone. The place in the data follows from the step; nothing is drawn at random after the initial weights.
+# With --checkpoint-every N the newest state is in logs/NAME.checkpoint, in the end the last step's; SIGUSR1 saves at
+# the next step, SIGTERM, SIGHUP and Ctrl-C save and stop; under nohup, which asks that a run outlives its terminal,
+# SIGHUP saves alone. The place in the data follows from the step; nothing is drawn at random after the initial weights.
 
 STATE = dict(hyperparameters=dict, source_sha256=str, end=int, neurons=int, every=int, failed=bool, result=int,
              seed=int, step=int, trial=dict, banks=list, lengths=dict)  # `end`: of the seeds

@@ -76,7 +76,8 @@ def shown_beside(result: int, hp, recipe) -> int:
 def read_run(experiment: Experiment, folder: Path) -> tuple[dict, object]:
     """A checkpoint of this very program, and the hyperparameters of its run. ValueError for any other."""
     state = read_state(folder)
-    same = state["hyperparameters"].keys() == vars(experiment.hyperparameters()).keys()  # else its words are unknown here
+    # where the names are others, its words are unknown here
+    same = state["hyperparameters"].keys() == vars(experiment.hyperparameters()).keys()
     hp = overridden(experiment, words_of(state)) if same else None
     if not same or state["source_sha256"] != source_sha256(source_of_run(experiment.script, hp)):
         raise ValueError(f"{folder} is of another version of this program: check out the commit that its log names")

@@ -233,8 +233,8 @@ def test_diff_shows_the_rules_of_programs(tmp_path, capsys):
 
 
 def test_list_shows_every_recipes_rule(capsys, tmp_path, monkeypatch):
-    """Kills: a rule that is broken within a stage, or runs past the screen; a folder left out; 2540 before 36; 3layers as
-    a number."""
+    """Kills: a rule that is broken within a stage, or runs past the screen; a folder left out; 2540 before 36; 3layers
+    as a number."""
     names = ["9_a", "36_b", "339_c", "2540_d", "3layers"]
     for k, name in enumerate(names):
         (tmp_path / name).mkdir()

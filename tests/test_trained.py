@@ -167,7 +167,8 @@ def test_an_export_is_the_model(run, tmp_path):
         x = x + lin(y.transpose(1, 2).flatten(2), b + "attn.proj")
         y = norm(x) * P[b + "norm2.gains"]
         h = lin(y, b + "mlp.fc")
-        x = x + lin(F.silu(lin(y, b + "mlp.gate")) * h if hp["activation"] == "swiglu" else h.relu() ** 2, b + "mlp.proj")
+        h = F.silu(lin(y, b + "mlp.gate")) * h if hp["activation"] == "swiglu" else h.relu() ** 2
+        x = x + lin(h, b + "mlp.proj")
     z = lin(norm(x) * P["norm2.gains"], "head").flatten(0, 1)
     assert F.cross_entropy(15 * z / (z * z + 225).sqrt(), targets).item() == pytest.approx(loss, abs=0.005)
 

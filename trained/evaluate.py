@@ -44,8 +44,8 @@ def read_tasks(word: str, manager: lm_eval.tasks.TaskManager) -> list:
     try:
         loaded = manager.load([dict(group=word, task=[local]) if file else name])
     except (OSError, DatasetsError, LookupError, TypeError, ValueError) as error:  # no network; other fields
-        raise ValueError(f"{word}: {type(error).__name__}: {error}. A task's data come from the Hugging Face hub, over a "
-                         "network, or, in the same form, from the FILE of NAME=FILE.jsonl") from None
+        raise ValueError(f"{word}: {type(error).__name__}: {error}. A task's data come from the Hugging Face hub, over "
+                         "a network, or, in the same form, from the FILE of NAME=FILE.jsonl") from None
     return [*loaded["groups"].values()][:not file] or [*loaded["tasks"].values()]
 
 
