@@ -50,8 +50,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((processes < $(nproc) ? $(nproc) / p
 # A mistake in the arguments or the data ends in one line, here: torchrun would add a report of its own.
 case " $* " in *" --help "* | *" -h "*) exec .venv/bin/python train_gpt.py --help ;; esac
 if [ "$gpus" != 0 ]; then
-    shards=$(.venv/bin/python train_gpt.py --fineweb-shards "$@")
-    [ "$shards" = 0 ] || step .venv/bin/python data/cached_fineweb10B.py "$shards"
+    download=$(.venv/bin/python train_gpt.py --fineweb-shards "$@")
+    [ -z "$download" ] || step .venv/bin/python $download  # two words
 fi
 case " $* " in *" @tiny "*) step .venv/bin/python data/local.py --encoding bytes ;; esac
 WORLD_SIZE=$processes step .venv/bin/python -m harness.doctor -- "$@"

@@ -107,7 +107,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
                         help="go on with that run and its log; with micro_batch=N, in parts of another size")
     parser.add_argument("--fork-from", metavar="CHECKPOINT", help="begin there, with other values; no evidence")
     parser.add_argument("--dry-run", action="store_true", help="check arguments and data, say what would run, and stop")
-    parser.add_argument("--fineweb-shards", action="store_true", help="say how many the run reads, and stop")
+    parser.add_argument("--fineweb-shards", action="store_true", help="say what downloads those of the run, and stop")
     parser.add_argument("--wandb", choices=("online", "offline"), help="mirror logs/NAME.jsonl to Weights & Biases")
     parser.error = lambda message: complain(message + nearest_option(parser, message))
     return parser
@@ -122,5 +122,10 @@ def nearest_option(parser: argparse.ArgumentParser, message: str) -> str:
 
 def complain(message):
     """End this process with exit code 1; the first of a machine's ranks prints the message, in one line."""
+    sys.exit(line_of(message) or 1)
+
+
+def line_of(message) -> str:
+    """What the first of a machine's ranks says of what is wrong; nothing for the others."""
     other = os.environ.get("LOCAL_RANK", "0") != "0" and {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
-    sys.exit(1 if other else f"train_gpt.py: {' '.join(str(message).split())}")
+    return "" if other else f"train_gpt.py: {' '.join(str(message).split())}"

@@ -44,11 +44,11 @@ PROBE = """
 import json, sys, train_gpt
 from harness.arguments import complain, parse
 from harness.run import recall
-from harness.shards import fineweb_shards
+from harness.shards import download_of
 try:
     args, hp, *_ = recall(train_gpt.EXPERIMENT, parse(sys.argv[1:]))
     print(json.dumps(vars(hp) | dict(mlp_dim=hp.mlp_dim, trials=args.trials, checkpoints=args.checkpoint_every,
-                                     fineweb_shards=fineweb_shards(hp))))
+                                     download=download_of(hp))))
 except (OSError, ValueError) as error:
     complain(error)
 train_gpt.main(["--dry-run", *sys.argv[1:]])
@@ -364,8 +364,8 @@ def dry_run(words: list[str], world: int) -> tuple[dict | None, str, list[Findin
         return values, plan, []
     complaint = (run.stderr.strip().splitlines() or ["it says nothing"])[-1].removeprefix("train_gpt.py: ")
     what, _, remedy = complaint.partition(": ")
-    if values and values["fineweb_shards"] and "fineweb10B" in what:
-        remedy = f"python data/cached_fineweb10B.py {values['fineweb_shards']}"
+    if values and values["download"] and "data/fineweb" in what:
+        remedy = f"python {values['download']}"
     return values, "", [Finding(what, "the run would end before its first step", remedy or "change the arguments")]
 
 

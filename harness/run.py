@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from harness.arguments import Experiment, complain, departures, overridden, parse
+from harness.arguments import Experiment, complain, departures, line_of, overridden, parse
 from harness.checkpoint import Signals, Writer, folder_of, read_state
 from harness.heartbeat import Heartbeat
 from harness.log import SEPARATOR, RunLog, facts, finished_seeds, log_files, mirror_to_wandb, moved
 from harness.log import source_of_run, source_sha256
 from harness.ranks import Place, check_place, join, micro_batch_size
-from harness.shards import find_shards, fineweb_shards
+from harness.shards import DamagedShard, download_of, find_shards
 from harness.trial import Trial
 
 SHAPES = "batch_tokens", "vocab_size", "num_layers", "model_dim", "mlp_dim", "activation"  # a fork cannot change them
@@ -192,7 +192,7 @@ def launch(experiment: Experiment, argv: list[str]):
         rank, local_rank, world = standing()
         start = recall(experiment, args)
         if args.fineweb_shards:
-            print(fineweb_shards(start.hp))
+            print(download_of(start.hp))
             return
         if args.wandb and not importlib.util.find_spec("wandb"):
             raise ValueError("--wandb needs the package: python -m pip install -r requirements.txt")
@@ -253,6 +253,10 @@ def finish(run: Run):
         sys.exit(out_of_memory(run.hp, rank, run.place.world))
     except OSError as error:  # a log that cannot be written
         sys.exit(f"train_gpt.py: rank {rank}: {error}")
+    except DamagedShard as error:  # on all ranks: they leave together
+        if line := line_of(error):
+            print(line, file=sys.stderr, flush=True)
+        run.failed = True
     except KeyboardInterrupt:
         complain("interrupted; with --checkpoint-every N, Ctrl-C saves first")
     except RuntimeError:

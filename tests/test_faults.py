@@ -423,6 +423,21 @@ def test_a_log_that_is_cut_anywhere_is_told_from_a_whole_one(quick, tmp_path, ca
         assert code == 2 or "FAIL" in said.out and "used" in said.out
 
 
+def test_a_shard_that_is_damaged_is_found_when_the_run_comes_to_it(quick, tmp_path):
+    """Kills: a token outside of the vocabulary that is trained on; a rank that waits for one that has found it; a
+    traceback, or a line a rank; the checkpoint before it lost."""
+    tokens = [7] * 600
+    write_shard(tmp_path / "train_1.bin", tokens)
+    write_shard(tmp_path / "train_2.bin", [*tokens, 600])
+    words = [*quick, f"train_files={tmp_path}/train_*.bin", "--checkpoint-every", "2"]
+    run = start(words, tmp_path, processes=2)
+    line = f"train_gpt.py: {tmp_path}/train_2.bin holds token 600, vocab_size is 512: delete it and make it again with"
+    assert run.returncode == 1 and run.stderr.count(line) == 1 and "DamagedShard" not in run.stderr, run.stderr
+    write_shard(tmp_path / "train_2.bin", tokens)
+    run = start(["--resume", f"logs/{checkpoint_of(tmp_path).name}"], tmp_path, processes=2)
+    assert run.returncode == 0 and read(log_of(tmp_path)).trials[0].complete
+
+
 # The trainer, with a rank that does something else when step 6 has its gradients.
 LOST = """
 import os, signal, sys, time
