@@ -86,6 +86,8 @@ def parse(argv: list[str], description: str = "") -> argparse.Namespace:
     for name in ("neurons", "checkpoint_every"):
         if getattr(args, name) < 0:
             complain(f"--{name.replace('_', '-')} {getattr(args, name)}: a number of steps, or 0 for never")
+    if args.resume == "newest" and not args.checkpoint_every:
+        complain("--resume newest without --checkpoint-every N finds nothing to go on from: give both")
     if args.resume and args.fork_from:
         complain("--resume goes on with a run, --fork-from starts another: give one")
     return args
@@ -103,8 +105,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint-every", type=int, default=0, metavar="N",
                         help="every N steps, and on SIGUSR1, SIGTERM, SIGHUP and SIGINT, put the newest state "
                              "into logs/NAME.checkpoint; changes no result")
-    parser.add_argument("--resume", metavar="logs/NAME.checkpoint",
-                        help="go on with that run and its log; with micro_batch=N, in parts of another size")
+    parser.add_argument("--resume", metavar="logs/NAME.checkpoint | newest",
+                        help="go on with that run and its log; with micro_batch=N, in parts of another size; newest: "
+                             "with the newest unfinished one of this command, or begin, or say that it is finished")
     parser.add_argument("--fork-from", metavar="CHECKPOINT", help="begin there, with other values; no evidence")
     parser.add_argument("--dry-run", action="store_true", help="check arguments and data, say what would run, and stop")
     parser.add_argument("--fineweb-shards", action="store_true", help="say what downloads those of the run, and stop")

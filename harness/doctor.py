@@ -43,10 +43,12 @@ FIELDS = "index", "uuid", "driver_version", "mig.mode.current", "name", "compute
 PROBE = """
 import json, sys, train_gpt
 from harness.arguments import complain, parse
-from harness.run import recall
+from harness.ranks import meet
+from harness.run import recall, settle
 from harness.shards import download_of
 try:
-    args, hp, *_ = recall(train_gpt.EXPERIMENT, parse(sys.argv[1:]))
+    args, _ = settle(train_gpt.EXPERIMENT, parse(["--dry-run", *sys.argv[1:]]), 0, meet(0, 1))
+    args, hp, *_ = recall(train_gpt.EXPERIMENT, args)
     print(json.dumps(vars(hp) | dict(mlp_dim=hp.mlp_dim, trials=args.trials, checkpoints=args.checkpoint_every,
                                      download=download_of(hp))))
 except (OSError, ValueError) as error:

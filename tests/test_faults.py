@@ -138,7 +138,10 @@ FAULTS = [  # what is typed, what is planted, the line that a person reads
      "data/), or ask for less"),
     ([SHARD], shard([5] * 2000 + [600]), "{here}/train_1.bin holds token 600, vocab_size is 512: {again}"),
     ([*RESUME, "--fork-from", "a"], nothing, "--resume goes on with a run, --fork-from starts another: give one"),
-    (RESUME, nothing, "[Errno 2] No such file or directory: 'logs/run.checkpoint/manifest.json'"),
+    (["--resume", "newest"], nothing,
+     "--resume newest without --checkpoint-every N finds nothing to go on from: give both"),
+    (RESUME, nothing, "there is no logs/run.checkpoint/manifest.json on this machine: name a checkpoint that is here; "
+     "of several machines all see one logs/"),
     (RESUME, checkpoint(),
      "logs/run.txt is not here, or shorter than logs/run.checkpoint says: start where logs/ holds both"),
     ([*RESUME, "matrix_lr=0.9"], checkpoint(),
@@ -197,7 +200,7 @@ def test_a_fault_is_one_line(k, faults, quick, monkeypatch):
     plant(folder, monkeypatch)
     before = sorted(folder.rglob("*"))
     with pytest.raises(SystemExit) as end:
-        train(folder, [word.format(here=folder) for word in quick * (words[:1] not in (RESUME[:1], FORK[:1])) + words])
+        train(folder, [word.format(here=folder) for word in quick * (words[:2] not in (RESUME, FORK)) + words])
     again = "delete it and make it again with the program in data/"
     assert str(end.value) == "train_gpt.py: " + line.format(here=folder, again=again)
     if not line.startswith("rank"):  # of a run that had begun
