@@ -16,7 +16,7 @@ trap 'kill ${!-} 2>/dev/null; wait; exit 1' INT TERM HUP
 trap '' USR1  # there is nothing to save yet
 unset RANK LOCAL_RANK WORLD_SIZE  # of another job; this one's come from torchrun
 nodes=${NNODES:-1}
-case $nodes,${NODE_RANK:-0} in *[!0-9,]*) die "NNODES=$nodes NODE_RANK=$NODE_RANK: both are numbers" ;; esac
+case $nodes,${NODE_RANK:-0} in *[!0-9,]*) die "NNODES=$nodes NODE_RANK=${NODE_RANK-}: both are numbers" ;; esac
 if [ "$nodes" = 1 ]; then
     unset MASTER_ADDR MASTER_PORT
     meeting=(--standalone)
@@ -67,7 +67,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((processes < $(nproc) ? $(nproc) / p
 case " $* " in *" --help "* | *" -h "*) exec .venv/bin/python train_gpt.py --help ;; esac
 if [ "$gpus" != 0 ]; then
     download=$(.venv/bin/python train_gpt.py --fineweb-shards "$@")
-    [ -z "$download" ] || step .venv/bin/python $download  # two words
+    # shellcheck disable=SC2086  # two words: a program and a number
+    [ -z "$download" ] || step .venv/bin/python $download
 fi
 case " $* " in *" @tiny "*) step .venv/bin/python data/local.py --encoding bytes ;; esac
 WORLD_SIZE=$((nodes * processes)) step .venv/bin/python -m harness.doctor -- "$@"
