@@ -5,6 +5,7 @@
 #   ./run.sh test [...]         set up and run the tests; arguments go to pytest
 #
 # With GPUs (CUDA_VISIBLE_DEVICES is heeded): the 3175-step recipe on all of them. Without: the tiny recipe on the CPU.
+# On several machines: the same command on each, with NNODES, NODE_RANK and MASTER_ADDR; see examples/slurm.sh.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -13,7 +14,18 @@ die() { echo "run.sh: $*" >&2; exit 1; }
 step() { "$@" <&0 & wait $!; }
 trap 'kill ${!-} 2>/dev/null; wait; exit 1' INT TERM HUP
 trap '' USR1  # there is nothing to save yet
-unset RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT  # of another job; this one's come from torchrun
+unset RANK LOCAL_RANK WORLD_SIZE  # of another job; this one's come from torchrun
+nodes=${NNODES:-1}
+case $nodes,${NODE_RANK:-0} in *[!0-9,]*) die "NNODES=$nodes NODE_RANK=${NODE_RANK-}: both are numbers" ;; esac
+if [ "$nodes" = 1 ]; then
+    unset MASTER_ADDR MASTER_PORT
+    meeting=(--standalone)
+else
+    [ -n "${MASTER_ADDR-}" ] && [ "${NODE_RANK:-$nodes}" -lt "$nodes" ] ||
+        die "NNODES=$nodes: each machine needs its NODE_RANK, 0 to $((nodes - 1)), and as MASTER_ADDR the address of 0"
+    export MASTER_PORT=${MASTER_PORT:-29500}
+    meeting=(--nnodes="$nodes" --node-rank="$NODE_RANK" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT")
+fi
 
 install() {  # install FILE: its pins into .venv, unless they are there
     cmp -s "$1" ".venv/${1//\//-}" && return
@@ -44,7 +56,11 @@ if [ "$gpus" != 0 ]; then
             "CUDA_VISIBLE_DEVICES= trains on the CPU"
 fi
 if [ "$gpus" = 0 ]; then
-    case " $* " in *" --resume "* | *" --fork-from "*) ;; *) set -- @tiny "$@" ;; esac  # they have a recipe
+    case " $* " in
+        *" --resume newest "*) set -- @tiny "$@" ;;
+        *" --resume "* | *" --fork-from "*) ;;  # they have a recipe
+        *) set -- @tiny "$@" ;;
+    esac
 fi
 processes=$((gpus > 0 ? gpus : 1))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((processes < $(nproc) ? $(nproc) / processes : 1))}
@@ -52,12 +68,13 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((processes < $(nproc) ? $(nproc) / p
 # A mistake in the arguments or the data ends in one line, here: torchrun would add a report of its own.
 case " $* " in *" --help "* | *" -h "*) exec .venv/bin/python train_gpt.py --help ;; esac
 if [ "$gpus" != 0 ]; then
-    shards=$(.venv/bin/python train_gpt.py --fineweb-shards "$@")
-    [ "$shards" = 0 ] || step .venv/bin/python data/cached_fineweb10B.py "$shards"
+    download=$(.venv/bin/python train_gpt.py --fineweb-shards "$@")
+    # shellcheck disable=SC2086  # two words: a program and a number
+    [ -z "$download" ] || step .venv/bin/python $download
 fi
 case " $* " in *" @tiny "*) step .venv/bin/python data/local.py --encoding bytes ;; esac
-WORLD_SIZE=$processes step .venv/bin/python -m harness.doctor -- "$@"
+WORLD_SIZE=$((nodes * processes)) step .venv/bin/python -m harness.doctor -- "$@"
 case " $* " in *" --dry-run "*) exit ;; esac
 
 # In this shell's place, so that a signal to the one is a signal to the other. It judges the log in the end.
-exec .venv/bin/python -m harness.torchrun --standalone --nproc_per_node="$processes" train_gpt.py "$@"
+exec .venv/bin/python -m harness.torchrun "${meeting[@]}" --nproc_per_node="$processes" train_gpt.py "$@"

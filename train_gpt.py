@@ -35,7 +35,7 @@ from harness.arguments import Experiment, overridden
 from harness.graphs import Beside, Replayed
 from harness.ranks import Place, micro_batch_size
 from harness.run import launch
-from harness.shards import batches_in, open_shard
+from harness.shards import batches_in, check_tokens, open_shard
 from harness.trial import Trial
 from initial import INITIALISATIONS
 from kernels.bf16 import linear
@@ -160,14 +160,17 @@ RULES = {"batch_tokens": 524288, "val_tokens": 10485760, "sequence_length": 1024
 #                 Data                 #
 ########################################
 
-def read_batches(shards, batch_tokens: int, sequence_length: int, place: Place, first: int = 0):
+def read_batches(shards, batch_tokens: int, sequence_length: int, place: Place, first: int = 0,
+                 vocab_size: int = 2**16):
     """Yield (inputs, targets), each (sequences, sequence_length), of this rank's contiguous part of every batch from
-    the first on."""
+    the first on. DamagedShard, on all ranks alike, where a shard is come to that is not as it should be."""
     part = batch_tokens // place.world
     for tokens in map(open_shard, shards):
         batches = batches_in(tokens, batch_tokens)
         skipped = min(first, batches)
         first -= skipped
+        if skipped < batches:
+            check_tokens(tokens, vocab_size)
         for batch in range(skipped, batches):
             start = batch * batch_tokens + place.rank * part
             window = torch.from_numpy(tokens[start:start + part + 1].astype(np.int32))
@@ -556,8 +559,9 @@ def train(model: GPT, trial: Trial):
         fill(banks, initial_weights(model, trial.seed, hp.init))
     show(banks, "training", first)
     model.zero_grad()  # a trial that failed leaves gradients
-    validation = next(read_batches(trial.val_shards, hp.val_tokens, hp.sequence_length, trial.place))
-    batches = read_batches(trial.shards, hp.batch_tokens, hp.sequence_length, trial.place, first)
+    validation = next(read_batches(trial.val_shards, hp.val_tokens, hp.sequence_length, trial.place,
+                                   vocab_size=hp.vocab_size))
+    batches = read_batches(trial.shards, hp.batch_tokens, hp.sequence_length, trial.place, first, hp.vocab_size)
     for step in trial.steps(banks, first):
         if is_validation_step(step, hp):
             with trial.validating():

@@ -94,6 +94,8 @@ def parse(argv: list[str], description: str = "") -> argparse.Namespace:
     for name in ("neurons", "checkpoint_every"):
         if getattr(args, name) < 0:
             complain(f"--{name.replace('_', '-')} {getattr(args, name)}: a number of steps, or 0 for never")
+    if args.resume == "newest" and not args.checkpoint_every:
+        complain("--resume newest without --checkpoint-every N finds nothing to go on from: give both")
     if args.resume and args.fork_from:
         complain("--resume goes on with a run, --fork-from starts another: give one")
     return args
@@ -113,11 +115,12 @@ def make_parser(description: str) -> argparse.ArgumentParser:
                              "newest state into logs/NAME.checkpoint; changes no result")
     parser.add_argument("--checkpoint-last", dest="checkpoint_every", action="store_const", const=10**9,
                         help="the same after the last step, and on signals, alone")
-    parser.add_argument("--resume", metavar="logs/NAME.checkpoint",
-                        help="go on with that run and its log; with micro_batch=N, in parts of another size")
+    parser.add_argument("--resume", metavar="logs/NAME.checkpoint | newest",
+                        help="go on with that run and its log; with micro_batch=N, in parts of another size; newest: "
+                             "with the newest unfinished one of this command, or begin, or say that it is finished")
     parser.add_argument("--fork-from", metavar="CHECKPOINT", help="begin there, with other values; no evidence")
     parser.add_argument("--dry-run", action="store_true", help="check arguments and data, say what would run, and stop")
-    parser.add_argument("--fineweb-shards", action="store_true", help="say how many the run reads, and stop")
+    parser.add_argument("--fineweb-shards", action="store_true", help="say what downloads those of the run, and stop")
     parser.add_argument("--wandb", choices=("online", "offline"), help="mirror logs/NAME.jsonl to Weights & Biases")
     parser.error = lambda message: complain(message + nearest_option(parser, message))
     return parser
@@ -132,5 +135,10 @@ def nearest_option(parser: argparse.ArgumentParser, message: str) -> str:
 
 def complain(message):
     """End this process with exit code 1; the first of a machine's ranks prints the message, in one line."""
+    sys.exit(line_of(message) or 1)
+
+
+def line_of(message) -> str:
+    """What the first of a machine's ranks says of what is wrong; nothing for the others."""
     other = os.environ.get("LOCAL_RANK", "0") != "0" and {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
-    sys.exit(1 if other else f"train_gpt.py: {' '.join(str(message).split())}")
+    return "" if other else f"train_gpt.py: {' '.join(str(message).split())}"

@@ -421,13 +421,15 @@ def probe(words: list[str]):
     """Print what the trainer makes of its arguments, as JSON, then its dry run. Needs PyTorch."""
     import train_gpt
     from harness.arguments import complain, parse
-    from harness.run import recall
-    from harness.shards import fineweb_shards
+    from harness.ranks import meet
+    from harness.run import recall, settle
+    from harness.shards import download_of
 
     try:
-        args, hp, *_ = recall(train_gpt.EXPERIMENT, parse(words))
+        args, _ = settle(train_gpt.EXPERIMENT, parse(["--dry-run", *words]), 0, meet(0, 1))
+        args, hp, *_ = recall(train_gpt.EXPERIMENT, args)
         print(json.dumps(vars(hp) | dict(mlp_dim=hp.mlp_dim, trials=args.trials, checkpoints=args.checkpoint_every,
-                                         fineweb_shards=fineweb_shards(hp), banks=banks(hp))))
+                                         download=download_of(hp), banks=banks(hp))))
     except (OSError, ValueError) as error:
         complain(error)
     train_gpt.main(["--dry-run", *words])
@@ -447,8 +449,8 @@ def dry_run(words: list[str], world: int) -> tuple[dict | None, str, list[Findin
         return values, plan, []
     complaint = (run.stderr.strip().splitlines() or ["it says nothing"])[-1].removeprefix("train_gpt.py: ")
     what, _, remedy = complaint.partition(": ")
-    if values and values["fineweb_shards"] and "fineweb10B" in what:
-        remedy = f"python data/cached_fineweb10B.py {values['fineweb_shards']}"
+    if values and values["download"] and "data/fineweb" in what:
+        remedy = f"python {values['download']}"
     return values, "", [Finding(what, "the run would end before its first step", remedy or "change the arguments")]
 
 

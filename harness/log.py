@@ -262,22 +262,33 @@ def log_files(name: str) -> dict[str, int]:
     return {path: os.path.getsize(path) if os.path.exists(path) else 0 for path in paths}
 
 
-def finished_seeds(sha256: str, cut: str | None) -> dict[int, str]:
-    """{seed: path} of the finished trials of this exact program in logs/, whose loss is finite. Forks do not count, nor
-    does `cut`, the log that is about to be truncated and resumed. What cannot be read is a line, and skipped."""
-    finished = {}
+def is_fork(path: Path) -> bool:
+    """Whether a log says so."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return any("\npartial: " in facts for facts in text.split(SEPARATOR)[1:2])
+
+
+def ended_seeds(sha256s: set[str], cut: str | None = None) -> dict[int, tuple[str, bool]]:
+    """{seed: (path, whether it is finished)} of the trials of these exact programs in logs/ that are finished, with a
+    finite loss, or have failed. Forks do not count, nor does `cut`, the log that is about to be truncated and resumed.
+    What cannot be read is a line, and skipped."""
+    ended = {}
     for path in sorted(set(glob.glob("logs/*.txt")) - {cut}):
         try:
             parts = Path(path).read_text(encoding="utf-8", errors="replace").split(SEPARATOR + "\n")
         except OSError as error:
             print(f"skipped: {path}: {error.strerror}", file=sys.stderr)
             continue
-        if len(parts) < 3 or f"source_sha256: {sha256}" not in parts[1].splitlines() or "\npartial: " in parts[1]:
+        if (len(parts) < 3 or "\npartial: " in parts[1] or
+                sha256s.isdisjoint(line.removeprefix("source_sha256: ") for line in parts[1].splitlines())):
             continue
         _, *trials = re.split(r"^seed: (\d+)\n", parts[2], flags=re.MULTILINE)
-        finished |= {int(seed): path for seed, curve in zip(trials[::2], trials[1::2])
-                     if re.search(r"^step:(\d+)/\1 val_loss:\d.*\n(?!failed: )", curve, re.MULTILINE)}
-    return finished
+        for seed, curve in zip(map(int, trials[::2]), trials[1::2]):
+            if re.search(r"^step:(\d+)/\1 val_loss:\d.*\n(?!failed: )", curve, re.MULTILINE):
+                ended[seed] = path, True
+            elif re.search(r"^failed: ", curve, re.MULTILINE):
+                ended.setdefault(seed, (path, False))
+    return ended
 
 
 def mirror_to_wandb(name: str, mode: str, hp) -> Callable:

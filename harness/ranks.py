@@ -1,9 +1,15 @@
-"""The processes of a run: where each stands, on which device, and with which attention."""
+"""The processes of a run: how they meet, where each stands, on which device, and with which attention."""
 
+import os
+import platform
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+MEETING = timedelta(minutes=10)  # for all ranks to have read their arguments, data and checkpoint
 
 
 class Place(NamedTuple):
@@ -26,7 +32,32 @@ def check_place(hp, local_rank: int, world: int):
                              f"share equally: start {fewer}, or change {name}")
 
 
-def join(rank: int, local_rank: int, world: int, head_dim: int) -> Place:
+def meet(rank: int, world: int) -> dist.Store:
+    """Where the ranks tell each other what comes before the process group. ConnectionError where nobody keeps it."""
+    if world == 1:
+        return dist.HashStore()
+    try:
+        return next(rendezvous("env://", rank, world, timeout=MEETING))[0]
+    except dist.DistError:
+        raise ConnectionError(f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')} does not answer: rank 0's "
+                              "machine keeps the store of this job there") from None
+
+
+def agree(store: dist.Store, rank: int, world: int, complaint: str) -> str:
+    """Collective: this rank's complaint, or another's that has one; nothing where none has."""
+    if complaint:
+        store.set("complaint", f"rank {rank}, on {platform.node()}: {complaint}")
+    try:
+        if store.add("ranks that are here", 1) == world:  # the last one
+            store.set("verdict", store.get("complaint") if store.check(["complaint"]) else "")
+        store.wait(["verdict"], MEETING)
+        return complaint or store.get("verdict").decode()
+    except dist.DistError:
+        return complaint or f"not all {world} ranks came within {MEETING}, or the machine of rank 0 is gone"
+
+
+def join(rank: int, local_rank: int, world: int, head_dim: int, store: dist.Store | None = None) -> Place:
+    """`store`: that at which the ranks have met; one process alone needs none."""
     gpus = torch.cuda.device_count()
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     place = Place(rank, world, device, pin_attention(device, head_dim))
@@ -34,7 +65,7 @@ def join(rank: int, local_rank: int, world: int, head_dim: int) -> Place:
         torch.cuda.set_device(place.device)
     # by default cuBLAS may add the parts of a long product, such as a weight's gradient over 65,536 tokens, in bf16
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    dist.init_process_group("nccl" if gpus else "gloo", store=dist.HashStore() if world == 1 else None,
+    dist.init_process_group("nccl" if gpus else "gloo", store=store or dist.HashStore(),
                             rank=rank, world_size=world, device_id=place.device if gpus else None)
     return place
 

@@ -2,9 +2,12 @@
 
 import argparse
 import ctypes
+import dataclasses
+import fcntl
 import importlib.util
 import math
 import os
+import platform
 import signal
 import socket
 import sys
@@ -16,13 +19,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from harness.arguments import Experiment, complain, departures, overridden, parse, result_of
+from harness.arguments import Experiment, complain, departures, line_of, overridden, parse, result_of
 from harness.checkpoint import Signals, Writer, folder_of, read_state
 from harness.heartbeat import Heartbeat
-from harness.log import SEPARATOR, RunLog, facts, finished_seeds, log_files, mirror_to_wandb, moved
+from harness.log import SEPARATOR, RunLog, ended_seeds, facts, is_fork, log_files, mirror_to_wandb, moved
 from harness.log import say, source_of_run, source_sha256
-from harness.ranks import Place, check_place, join, micro_batch_size
-from harness.shards import find_shards, fineweb_shards
+from harness.ranks import Place, agree, check_place, join, meet, micro_batch_size
+from harness.shards import DamagedShard, download_of, find_shards
 from harness.trial import Trial
 
 SHAPES = "batch_tokens", "vocab_size", "num_layers", "model_dim", "mlp_dim", "activation"  # a fork cannot change them
@@ -39,6 +42,7 @@ class Start(NamedTuple):
     state: dict | None = None  # of the checkpoint that the first trial goes on from
     head: object = None  # of a resumed run, the hyperparameters at the head of its log; micro_batch may be another
     result: int = 0  # the published one whose curve the progress bar shows the run beside; 0 is none
+    ended: dict[int, tuple[str, bool]] | None = None  # by --resume newest: {seed: (log, whether it is finished)}
 
 
 def recall(experiment: Experiment, args: argparse.Namespace) -> Start:
@@ -88,6 +92,64 @@ def words_of(state: dict) -> list[str]:
     return [f"{name}={value}" for name, value in state["hyperparameters"].items()]
 
 
+def settle(experiment: Experiment, args: argparse.Namespace, rank: int, store: dist.Store) -> tuple:
+    """Collective: the arguments with what `--resume newest` stands for, as rank 0 sees it, and, where that is a fresh
+    start, what `newest` says of the seeds that have ended."""
+    if args.resume != "newest":
+        return args, None
+    hp, folder, ended = overridden(experiment, args.overrides), "", {}
+    try:
+        if rank == 0:
+            folder, ended = newest(experiment, args, hp)
+    finally:
+        if rank == 0:
+            store.set("newest", folder)
+    folder = store.get("newest").decode()
+    words = dict(resume=folder, overrides=[f"micro_batch={hp.micro_batch}"]) if folder else dict(resume=None)
+    return argparse.Namespace(**vars(args) | words), None if folder else ended
+
+
+def newest(experiment: Experiment, args: argparse.Namespace, hp) -> tuple[str, dict]:
+    """The newest checkpoint in logs/ of a run of this program and these values, but micro_batch, that does all of these
+    seeds that have not ended; '' where there is none. And those that have. What cannot be read, or has lost its log,
+    is a line, and skipped. BlockingIOError where another process has come here with the same command, and lives."""
+    def sha256_of(micro_batch: int) -> str:
+        return source_sha256(source_of_run(experiment.script, dataclasses.replace(hp, micro_batch=micro_batch)))
+    end = args.seed + args.trials
+    if not args.dry_run:
+        hold(f"logs/.newest-{sha256_of(1)[:16]}-{args.seed}-{end}")
+    found = []
+    for manifest in sorted(Path("logs").glob("*.checkpoint/manifest.json"), key=os.path.getmtime, reverse=True):
+        try:
+            state = read_state(manifest.parent, hashed=False)
+            fork = is_fork(manifest.parent.with_suffix(".txt"))
+        except (OSError, ValueError) as error:
+            print(f"skipped: {error}", file=sys.stderr)
+            continue
+        values = state["hyperparameters"]
+        if (values | dict(micro_batch=hp.micro_batch) == vars(hp) and state["end"] == end and not fork
+                and state["source_sha256"] == sha256_of(values["micro_batch"])):
+            found.append((manifest.parent, state))
+    ended = ended_seeds({sha256_of(hp.micro_batch), *(state["source_sha256"] for _, state in found)})
+    left = [seed for seed in range(args.seed, end) if seed not in ended]
+    return next((str(folder) for folder, state in found if left and state["seed"] <= left[0]), ""), ended
+
+
+def hold(path: str):
+    """Lock a file as long as this process lives. Where the file system cannot, RunLog's warning says so."""
+    Path("logs").mkdir(exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(f"{os.read(file, 200).decode(errors='replace')} has come first with this command, and "
+                              f"lives ({path}): wait for its end, or end it") from None
+    except OSError:
+        return
+    os.truncate(file, 0)
+    os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
+
+
 def check_resume(args: argparse.Namespace, state: dict, folder: Path):
     if any(not word.startswith("micro_batch=") for word in args.overrides):
         raise ValueError("--resume goes on as the run began, without NAME=VALUE; --fork-from starts a variation")
@@ -127,11 +189,11 @@ class Run:
 
     def __init__(self, experiment: Experiment, start: Start, place: Place, shards: dict, val_shards: dict):
         self.experiment, self.place, self.shards, self.val_shards = experiment, place, shards, val_shards
-        self.args, self.hp, self.state, head, self.result = start
+        self.args, self.hp, self.state, head, self.result, self.ended = start
         self.head = head or self.hp
         self.root = experiment.script.parent
         self.failed = bool(self.args.resume) and self.state["failed"]  # whether a trial has
-        self.log, self.writer = RunLog(None), Writer()
+        self.log, self.writer, self.heartbeat = RunLog(None), Writer(), None
 
     def train(self):
         """All trials, each to its end."""
@@ -165,16 +227,19 @@ class Run:
 
     def seeds(self) -> list[int]:
         """The seeds of --trials that no log holds to their end, as rank 0 sees it. A single trial is always run, and so
-        is that of a checkpoint."""
-        args = self.args
+        is that of a checkpoint. `--resume newest`, which may be in a loop, runs none again that has failed."""
+        args, ended = self.args, self.ended
         seeds = list(range(args.seed, args.seed + args.trials))
-        if args.trials > 1 and self.place.rank == 0:
+        if args.trials > 1 and self.place.rank == 0 and ended is None:
             log = f"logs/{Path(args.resume).stem}.txt" if args.resume else None
-            finished = finished_seeds(source_sha256(source_of_run(self.experiment.script, self.head)), log)
-            for seed in seeds[bool(args.resume):]:
-                if seed in finished:
-                    print(f"seed {seed} is finished, in {finished[seed]}: it is not run again")
-                    seeds.remove(seed)
+            ended = ended_seeds({source_sha256(source_of_run(self.experiment.script, self.head))}, log)
+            ended = {seed: (path, finished) for seed, (path, finished) in ended.items() if finished}
+        for seed in seeds[bool(args.resume):] if ended else []:
+            if seed in ended:
+                path, finished = ended[seed]
+                print(f"seed {seed} {'is finished' if finished else 'has failed'}, in {path}: it is not run again")
+                self.failed |= not finished
+                seeds.remove(seed)
         decided = [seeds]
         dist.broadcast_object_list(decided)
         return decided[0]
@@ -210,12 +275,16 @@ class Run:
 def launch(experiment: Experiment, argv: list[str]):
     """A command line, from its words to the exit code."""
     args = parse(argv, experiment.description)
+    store, why = None, ""
     try:
         rank, local_rank, world = standing()
         end_with_launcher()
-        start = recall(experiment, args)
+        alone = args.dry_run or args.fineweb_shards or "MASTER_ADDR" not in os.environ
+        store = meet(rank, 1 if alone else world)
+        args, ended = settle(experiment, args, 0 if alone else rank, store)
+        start = recall(experiment, args)._replace(ended=ended)
         if args.fineweb_shards:
-            print(fineweb_shards(start.hp))
+            print(download_of(start.hp))
             return
         if args.wandb and not importlib.util.find_spec("wandb"):
             raise ValueError("--wandb needs the package: python -m pip install -r requirements.txt")
@@ -225,11 +294,15 @@ def launch(experiment: Experiment, argv: list[str]):
             if not torch.cuda.is_available():
                 print("not checked, for want of a GPU: memory, kernels, compilation, what GPUs send each other, speed")
             return
-        if world > 1 and "MASTER_ADDR" not in os.environ:
+        if world > 1 and alone:
             raise ValueError(f"WORLD_SIZE={world} but no MASTER_ADDR: start the processes with torchrun")
     except (OSError, ValueError) as error:
-        complain(error)
-    place = join(rank, local_rank, world, start.hp.head_dim)
+        why = str(error)
+    if store and not alone:  # all end where one must: the others would wait for it
+        why = agree(store, rank, world, why)
+    if why:
+        complain(why)
+    place = join(rank, local_rank, world, start.hp.head_dim, store)
     finish(Run(experiment, start, place, *shards))
 
 
@@ -287,10 +360,15 @@ def finish(run: Run):
         sys.exit(out_of_memory(run.hp, rank, run.place.world))
     except OSError as error:  # a log that cannot be written
         sys.exit(f"train_gpt.py: rank {rank}: {error}")
+    except DamagedShard as error:  # on all ranks: they leave together
+        if line := line_of(error):
+            print(line, file=sys.stderr, flush=True)
+        run.failed = True
     except KeyboardInterrupt:
         complain("interrupted; with --checkpoint-every N, Ctrl-C saves first")
-    except RuntimeError:
-        time.sleep(3)  # it may be the echo of another rank's end: torchrun blames the one that ends first
+    except RuntimeError:  # it may be the echo of another rank's end
+        if run.heartbeat and (gone := run.heartbeat.gone(3)):  # torchrun blames the one that ends first
+            complain(f"rank {rank}: {gone}")
         raise
     dist.barrier()  # a process that is gone while another still talks to it aborts that one
     dist.destroy_process_group()

@@ -1,9 +1,21 @@
-"""Shards of tokens: how one is read, and which ones a run needs. They are checked before the run starts."""
+"""Shards of tokens: how one is read, and which ones a run needs.
+
+Before the run starts, header and size of each are checked, and the tokens of the first: 1,000 shards are 200 GB, which
+every rank would read. Of the others the tokens are checked where the run comes to them.
+"""
 
 import glob
 import os
+import re
 
 import numpy as np
+
+
+PUBLISHED = re.compile(r"data/(fineweb100?B)/fineweb_train_\*\.bin")  # where data/cached_*.py put training shards
+
+
+class DamagedShard(ValueError):
+    """A shard that is not as it should be; the message names it. All ranks meet it at the same step."""
 
 
 def open_shard(path: str) -> np.ndarray:
@@ -11,11 +23,18 @@ def open_shard(path: str) -> np.ndarray:
     header = np.fromfile(path, dtype="<i4", count=256)
     size = os.path.getsize(path)
     if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
-        raise ValueError(f"{path} is not a token shard: delete it and make it again with the program in data/")
+        raise DamagedShard(f"{path} is not a token shard: delete it and make it again with the program in data/")
     if size != 1024 + 2 * int(header[2]):
-        raise ValueError(f"{path} holds {(size - 1024) // 2} tokens, its header says {header[2]}: "
-                         "delete it and make it again with the program in data/")
+        raise DamagedShard(f"{path} holds {(size - 1024) // 2} tokens, its header says {header[2]}: "
+                           "delete it and make it again with the program in data/")
     return np.memmap(path, dtype="<u2", mode="r", offset=1024)
+
+
+def check_tokens(tokens: np.memmap, vocab_size: int):
+    """DamagedShard where one is outside of the vocabulary. Reads them all."""
+    if len(tokens) and tokens.max() >= vocab_size:
+        raise DamagedShard(f"{tokens.filename} holds token {tokens.max()}, vocab_size is {vocab_size}: "
+                           "delete it and make it again with the program in data/")
 
 
 def batches_in(tokens: np.ndarray, batch_tokens: int) -> int:
@@ -25,17 +44,17 @@ def batches_in(tokens: np.ndarray, batch_tokens: int) -> int:
 
 def find_shards(pattern: str, batch_tokens: int, batches: int, vocab_size: int) -> dict[str, int]:
     """{path: tokens} of the shards, in sorted order, that the first `batches` batches come from. ValueError names
-    a shard that is missing, damaged, too short, or of another vocabulary."""
+    a shard that is missing, damaged or too short, and the first one if it is of another vocabulary."""
     paths = sorted(glob.glob(pattern))
     if not paths:
-        raise ValueError(f"no file {pattern}: python data/cached_fineweb10B.py downloads FineWeb, "
-                         "python data/local.py makes shards of text on this machine")
+        named = PUBLISHED.fullmatch(pattern)
+        raise ValueError(f"no file {pattern}: python data/cached_{named[1] if named else 'fineweb10B'}.py downloads "
+                         "FineWeb, python data/local.py makes shards of text on this machine")
     found, available = {}, 0
     while paths and available < batches:
         tokens = open_shard(path := paths.pop(0))
-        if len(tokens) and tokens.max() >= vocab_size:
-            raise ValueError(f"{path} holds token {tokens.max()}, vocab_size is {vocab_size}: "
-                             "delete it and make it again with the program in data/")
+        if not found:
+            check_tokens(tokens, vocab_size)
         found[path] = len(tokens)
         available += batches_in(tokens, batch_tokens)
     if available < batches:
@@ -44,7 +63,8 @@ def find_shards(pattern: str, batch_tokens: int, batches: int, vocab_size: int) 
     return found
 
 
-def fineweb_shards(hp) -> int:
-    """How many of FineWeb's training shards, of 100M tokens each, the run reads; 0 where it reads other files."""
-    batches = (100_000_000 - 2) // hp.batch_tokens
-    return -(-hp.last_step // batches) if hp.train_files == type(hp).train_files else 0
+def download_of(hp) -> str:
+    """What follows `python` to download FineWeb's shards, of 100M tokens each, that the run reads: the program and how
+    many. Nothing where it reads other files."""
+    named, batches = PUBLISHED.fullmatch(hp.train_files), (100_000_000 - 2) // hp.batch_tokens
+    return f"data/cached_{named[1]}.py {-(-hp.last_step // batches)}" if named else ""

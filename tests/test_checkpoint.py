@@ -276,6 +276,87 @@ def test_what_a_person_types_for_resume(quick, tmp_path, monkeypatch):
     assert read(log).trials[0].losses == losses
 
 
+NEWEST = ["--checkpoint-every", "3", "--resume", "newest"]
+
+
+def logs_of(folder: Path) -> list[Path]:
+    return sorted((folder / "logs").glob("*.txt"), key=os.path.getmtime)
+
+
+def test_one_command_until_it_is_finished(quick, whole, tmp_path, capsys):
+    """Kills: a run that is begun anew though a checkpoint of it is there, or that goes on with that of another recipe
+    or of some of its seeds; one that is trained again when it is finished, also by another micro_batch; a checkpoint of
+    another program in the way."""
+    words = [*quick, "train_steps=9", "--neurons", "4", "--trials", "2", *NEWEST]
+    for others in ([*quick, "train_steps=7"], [*quick, "train_steps=9", "--seed", "1"]):
+        assert killed(tmp_path, [*others, *NEWEST], calls=5).returncode == -signal.SIGKILL
+    write_checkpoint(tmp_path / "logs" / "a.checkpoint", "seed0-step1.pt", {"x": torch.zeros(1)})
+    before = logs_of(tmp_path)
+    for moment in (dict(calls=5), dict(calls=4), dict(owner="harness.checkpoint.os", name="rename", calls=3)):
+        assert killed(tmp_path, words, **moment).returncode == -signal.SIGKILL
+    train(tmp_path, words)
+    (log,) = set(logs_of(tmp_path)) - set(before)
+    ours, theirs = ([trial.losses for trial in read(path).trials] for path in (log, *logs_of(whole)))
+    assert ours == theirs and len(ours) == 2
+    stamp = log.stat().st_mtime_ns
+    for micro_batch in ("2", "1"):
+        capsys.readouterr()
+        train(tmp_path, [*words, f"micro_batch={micro_batch}"])
+        said = capsys.readouterr()
+        assert said.out.splitlines() == [f"seed {seed} is finished, in logs/{log.name}: it is not run again"
+                                         for seed in (0, 1)]
+        assert said.err == "skipped: logs/a.checkpoint is no checkpoint of a run\n"
+    assert log.stat().st_mtime_ns == stamp and len(logs_of(tmp_path)) == len(before) + 1
+
+
+def test_a_smaller_card_goes_on_with_the_newest(quick, tmp_path):
+    """Kills: a fresh start, and the time before it lost, because the next machine needs another micro_batch; a run that
+    goes on as its fork."""
+    assert killed(tmp_path, [*quick, *NEWEST], calls=5).returncode == -signal.SIGKILL
+    fork = ["--fork-from", f"logs/{checkpoint_of(tmp_path).name}", "--checkpoint-every", "1"]
+    assert killed(tmp_path, fork, calls=3).returncode == -signal.SIGKILL
+    log, _ = logs_of(tmp_path)
+    train(tmp_path, [*quick, *NEWEST, "micro_batch=1"])
+    assert "resumed: step 3, world_size 1, micro_batch 1\n" in log.read_text()
+    assert read(log).trials[0].complete and len(logs_of(tmp_path)) == 2
+
+
+def test_a_failure_is_not_repeated_for_ever(quick, tmp_path, capsys):
+    """Kills: a loop that pays for the same NaN again and again; a failure that ends as a success; a seed that is not
+    run because another has failed."""
+    words = [*quick, "embed_lr=1e38", "vector_lr=1e38", *NEWEST]
+    for trials in ("1", "2", "2"):
+        with pytest.raises(SystemExit) as end:
+            train(tmp_path, [*words, "--trials", trials])
+        assert end.value.code == 1
+    said = capsys.readouterr()
+    first, second = (path.name for path in logs_of(tmp_path))
+    again = "seed {} has failed, in logs/{}: it is not run again"
+    assert [line for line in said.out.splitlines() if line.startswith("seed")] == [
+        again.format(0, first), again.format(0, first), again.format(1, second)]
+    assert said.err.count("is not finite") == 2
+
+
+def test_two_with_the_same_command(quick, tmp_path, monkeypatch):
+    """Kills: two processes that train the same run side by side, before the first checkpoint or after; one that lives
+    and keeps a run of another seed from starting."""
+    words, runs, update = [*quick, *NEWEST], {}, train_gpt.update
+
+    def at(banks, step):
+        if step in (1, 5):
+            runs[step] = start(words, tmp_path)
+            runs[step, "other"] = start([*words, "--seed", str(step)], tmp_path)
+        update(banks, step)
+    monkeypatch.setattr(train_gpt, "update", at)
+    train(tmp_path, words)
+    for step in (1, 5):
+        assert runs[step].returncode == 1 and runs[step, "other"].returncode == 0
+        assert re.fullmatch(rf"train_gpt.py: process {os.getpid()} on \S+ has come first with this command, and lives "
+                            r"\(logs/\.newest-\w+-0-1\): wait for its end, or end it\n", runs[step].stderr)
+    assert sorted(read(path).trials[0].seed for path in (tmp_path / "logs").glob("*.txt")) == [0, 1, 5]
+    assert all(read(path).trials[0].complete for path in (tmp_path / "logs").glob("*.txt"))
+
+
 def test_a_run_that_goes_on_elsewhere_says_so(quick, tmp_path, monkeypatch, capsys):
     """Kills: a log that tells the first machine alone; runs of two kinds of hardware that pass for one kind; the first
     machine's name on a trial that the second has run whole."""
@@ -388,9 +469,11 @@ def test_killed_at_any_moment(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["--resume", "logs/a.checkpoint"],
-                                   ["--fork-from", "logs/a.checkpoint", "nesterov.mu=0.9"]])
+                                   ["--fork-from", "logs/a.checkpoint", "nesterov.mu=0.9"],
+                                   ["@tiny", "--checkpoint-every", "9", "--resume", "newest"]])
 def test_run_sh_leaves_a_checkpoint_its_recipe(words, tmp_path):
-    """Kills: @tiny before --resume, which takes no values, or over those of the run that a fork leaves."""
+    """Kills: @tiny before --resume, which takes no values, or over those of the run that a fork leaves; no @tiny for
+    --resume newest, which may begin."""
     (tmp_path / "run.sh").write_text((ROOT / "run.sh").read_text())
     (tmp_path / "requirements.txt").write_text("pins\n")
     for name in ("pip", "python"):
@@ -399,7 +482,8 @@ def test_run_sh_leaves_a_checkpoint_its_recipe(words, tmp_path):
         stub.write_text(f'#!/bin/sh\ncase "$*" in *find_gpus*) echo 0; exit;; esac\necho "{name} $*" >> calls\n')
         stub.chmod(0o755)
     (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")
-    subprocess.run(["bash", "run.sh", *words], cwd=tmp_path, check=True, env={"PATH": os.environ["PATH"]})
-    calls = (tmp_path / "calls").read_text().splitlines()
+    typed = words[words[0] == "@tiny":]
+    subprocess.run(["bash", "run.sh", *typed], cwd=tmp_path, check=True, env={"PATH": os.environ["PATH"]})
+    calls = [call for call in (tmp_path / "calls").read_text().splitlines() if "local.py" not in call]
     assert calls[0] == " ".join(["python -m harness.doctor --", *words])
     assert calls[1].endswith(" ".join(["train_gpt.py", *words])) and "--nproc_per_node=1 " in calls[1]

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cached_fineweb10B
+import cached_fineweb100B
 import fineweb
 import local
 import numpy as np
@@ -277,16 +278,17 @@ def test_the_standard_library_is_the_default(tmp_path, gpt2):
     assert len(found) > 400
 
 
-# ---- cached_fineweb10B.py ----
+# ---- cached_fineweb10B.py, cached_fineweb100B.py ----
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub whose files are 10 tokens; `calls` are its downloads, `broken` the next ones that arrive damaged."""
-    hub = SimpleNamespace(folder=tmp_path / "fineweb10B", calls=[], broken=0, asked=0, entries=[])
+    hub = SimpleNamespace(folder=tmp_path / "fineweb10B", dataset="kjj0/fineweb10B-gpt2", calls=[], broken=0, asked=0,
+                          entries=[])
     whole = tmp_path / "whole"
     sha256 = shards.write_shard(whole, np.arange(10, dtype=np.uint16))
-    for number in range(104):
+    for number in range(1031):
         name = f"fineweb_{'train' if number else 'val'}_{number:06d}.bin"
         hub.entries.append(SimpleNamespace(path=name, size=1044, lfs=SimpleNamespace(sha256=sha256)))
 
@@ -296,19 +298,20 @@ def hub(tmp_path, monkeypatch):
             return SimpleNamespace(sha="abc")
 
         def list_repo_tree(self, repository, folder, *, repo_type, revision):
-            assert (repository, folder, repo_type, revision) == ("kjj0/fineweb10B-gpt2", None, "dataset", "abc")
+            assert (repository, folder, repo_type, revision) == (hub.dataset, None, "dataset", "abc")
             return iter([SimpleNamespace(path=".gitattributes"), *hub.entries])
 
     def download(repository, name, *, repo_type, revision, local_dir, force_download):
-        assert (repository, repo_type, revision) == ("kjj0/fineweb10B-gpt2", "dataset", "abc")
+        assert (repository, repo_type, revision) == (hub.dataset, "dataset", "abc")
         hub.calls.append(name)
         if force_download or not (local_dir / name).exists():  # as the real one: what exists is not looked at
             hub.broken -= 1
             (local_dir / name).write_bytes(b"half" if hub.broken >= 0 else whole.read_bytes())
 
-    monkeypatch.setattr(cached_fineweb10B, "FOLDER", hub.folder)
+    monkeypatch.setattr(cached_fineweb10B, "DATA", tmp_path)
     monkeypatch.setattr(cached_fineweb10B, "HfApi", Api)
     monkeypatch.setattr(cached_fineweb10B, "hf_hub_download", download)
+    hub.download = download
     return hub
 
 
@@ -321,7 +324,7 @@ def test_download_fetches_what_is_not_whole(hub, capsys):
     manifest = json.loads((hub.folder / "manifest.json").read_text())
     assert (manifest["dataset"], manifest["revision"]) == ("kjj0/fineweb10B-gpt2", "abc")
     sha256 = hashlib.sha256((hub.folder / names[0]).read_bytes()).hexdigest()
-    assert len(manifest["shards"]) == 104 and manifest["shards"][names[0]] == {"tokens": 10, "sha256": sha256}
+    assert len(manifest["shards"]) == 1031 and manifest["shards"][names[0]] == {"tokens": 10, "sha256": sha256}
     cached_fineweb10B.main(["2"])
     assert hub.calls == names and hub.asked == 1
     path = hub.folder / names[1]
@@ -334,6 +337,48 @@ def test_download_fetches_what_is_not_whole(hub, capsys):
         assert hub.calls[before:] == names[1:2] and hub.asked == 1
         assert capsys.readouterr().out.splitlines()[0] == f"{names[1]} (1 of 1): {fault}; fetching it again"
         assert shards.check_shard(path, sha256) == 10
+
+
+def test_ten_times_as_many(hub, monkeypatch):
+    """Catches the first dataset's name, folder, number of shards or program in the second one's download."""
+    hub.dataset = "kjj0/fineweb100B-gpt2"
+    with pytest.raises(ValueError, match="ask for 1 to 1030"):
+        cached_fineweb10B.main(["1031"], cached_fineweb100B.FINEWEB_100B)
+    cached_fineweb10B.main(["104"], cached_fineweb100B.FINEWEB_100B)
+    folder = hub.folder.parent / "fineweb100B"
+    assert len(hub.calls) == 105 and {*hub.calls, "manifest.json"} == contents(folder).keys()
+    assert not list(hub.folder.glob("*"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["program"] == "data/cached_fineweb100B.py" and (REPOSITORY / manifest["program"]).exists()
+
+
+def test_what_was_found_right_is_not_read_again(hub, monkeypatch):
+    """Catches 206 GB that are hashed at every start; a download that was interrupted hashed from its beginning; a
+    change after the hash, that keeps size and time of modification, taken for whole."""
+    read, file_sha256 = [], shards.file_sha256
+    monkeypatch.setattr(shards, "file_sha256", lambda file: read.append(Path(file.name).name) or file_sha256(file))
+    with monkeypatch.context() as patch:
+        patch.setattr(cached_fineweb10B, "hf_hub_download", lambda dataset, name, **rest:
+                      1 / 0 if "2" in name else original(dataset, name, **rest))
+        original = hub.download
+        with pytest.raises(OSError, match="000002.bin cannot be fetched"):
+            cached_fineweb10B.main(["3"])
+    read.clear()
+    cached_fineweb10B.main(["3"])
+    assert read == ["fineweb_train_000002.bin", "fineweb_train_000003.bin"]
+    cached_fineweb10B.main(["3"])
+    assert len(read) == 2
+    path = hub.folder / "fineweb_train_000001.bin"
+    before = path.stat()
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    cached_fineweb10B.main(["3"])
+    assert hub.calls[-1] == path.name and read[2:] == [path.name] * 2
+    for text in ("[1]", "3", "{}"):
+        manifest = json.loads((hub.folder / "manifest.json").read_text()) | {"found_right": json.loads(text)}
+        (hub.folder / "manifest.json").write_text(json.dumps(manifest))
+        cached_fineweb10B.main(["3"])
+    assert len(hub.calls) == 5
 
 
 def test_shards_that_were_copied_here(hub, monkeypatch):
@@ -482,7 +527,7 @@ import {module} as program
 
 def slow(source, target, replace=os.replace):
     replace(source, target)
-    time.sleep(float(os.environ["PAUSE"]) * (target.parent.name == "out"))
+    time.sleep(float(os.environ["PAUSE"]) * (str(target.parent) == "{out}"))
 
 def download(repository, name, *, local_dir, **_):
     with open(local_dir.parent / "lock", "w") as lock:
@@ -504,7 +549,7 @@ class Api:
 if __name__ == "__main__":
     os.replace = slow
     if program.__name__ == "cached_fineweb10B":
-        program.FOLDER, program.HfApi, program.hf_hub_download = shards.Path("{out}"), Api, download
+        program.DATA, program.HfApi, program.hf_hub_download = shards.Path("{out}").parent, Api, download
     with shards.one_line_errors("x"):
         program.main(sys.argv[1:])
 """
@@ -520,7 +565,7 @@ if __name__ == "__main__":
 def test_two_processes_in_one_folder(module, first, second, texts, tmp_path, gpt2):
     """Catches shards of one making among those of another, a file that the other process has just removed, a manifest
     of what is not there; a download that is made twice, the first one deleted for it."""
-    out, script = tmp_path / "out", tmp_path / "slow.py"
+    out, script = tmp_path / ("fineweb10B" if module == "cached_fineweb10B" else "out"), tmp_path / "slow.py"
     sha256 = shards.write_shard(tmp_path / "whole", np.arange(10, dtype=np.uint16))
     script.write_text(SLOW.format(module=module, out=out, sha256=sha256))
     programs = []

@@ -23,7 +23,7 @@ HEALTHY = NODE[:len(NODE) // 4]
 SMALL = "0, GPU-3090, 580.65.06, [N/A], NVIDIA GeForce RTX 3090, 8.6, 24576, 20\n"
 RECORD = dict(batch_tokens=524288, sequence_length=1024, micro_batch=64, vocab_size=50304, num_layers=12, model_dim=768,
               mlp_dim=3072, activation="relu2", matrix_update=RESULT_17, train_steps=3200, trials=1, checkpoints=0,
-              fineweb_shards=17,  # as the trainer's defaults; of the banks, see test_what_the_default_banks_keep
+              download="",  # as the trainer's defaults; of the banks, see test_what_the_default_banks_keep
               banks=[doctor.Kept(12, 8 * 3072 * 768, 22 * 3072 * 768), doctor.Kept(12, 8 * 3072 * 768, 22 * 3072 * 768),
                      doctor.Kept(48, 8 * 768 * 768, 20 * 768 * 768), doctor.Kept(50304 * 768, 12, 0),
                      doctor.Kept(50304 * 768, 6, 0), doctor.Kept(153216, 12, 0)])
@@ -433,6 +433,8 @@ def test_the_run_itself(small, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[1] == "FOUND: --seed 0 --trials 0"
     assert doctor.main(["train_steps=4000"]) == 1
     assert capsys.readouterr().out.splitlines()[3] == "  mend: python data/cached_fineweb10B.py 22"
+    assert doctor.main(["train_files=data/fineweb100B/fineweb_train_*.bin"]) == 1
+    assert capsys.readouterr().out.splitlines()[3] == "  mend: python data/cached_fineweb100B.py 17"
     write_shard(tmp_path / "train_1.bin", range(2000), count=1999)
     assert doctor.main([*small, "train_files=train_*.bin"]) == 1
     assert capsys.readouterr().out.splitlines()[1:] == [

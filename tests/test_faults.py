@@ -141,7 +141,10 @@ FAULTS = [  # what is typed, what is planted, the line that a person reads
      "data/), or ask for less"),
     ([SHARD], shard([5] * 2000 + [600]), "{here}/train_1.bin holds token 600, vocab_size is 512: {again}"),
     ([*RESUME, "--fork-from", "a"], nothing, "--resume goes on with a run, --fork-from starts another: give one"),
-    (RESUME, nothing, "[Errno 2] No such file or directory: 'logs/run.checkpoint/manifest.json'"),
+    (["--resume", "newest"], nothing,
+     "--resume newest without --checkpoint-every N finds nothing to go on from: give both"),
+    (RESUME, nothing, "there is no logs/run.checkpoint/manifest.json on this machine: name a checkpoint that is here; "
+     "of several machines all see one logs/"),
     (RESUME, checkpoint(),
      "logs/run.txt is not here, or shorter than logs/run.checkpoint says: start where logs/ holds both"),
     ([*RESUME, "matrix_lr=0.9"], checkpoint(),
@@ -200,7 +203,7 @@ def test_a_fault_is_one_line(k, faults, quick, monkeypatch):
     plant(folder, monkeypatch)
     before = sorted(folder.rglob("*"))
     with pytest.raises(SystemExit) as end:
-        train(folder, [word.format(here=folder) for word in quick * (words[:1] not in (RESUME[:1], FORK[:1])) + words])
+        train(folder, [word.format(here=folder) for word in quick * (words[:2] not in (RESUME, FORK)) + words])
     again = "delete it and make it again with the program in data/"
     assert str(end.value) == "train_gpt.py: " + line.format(here=folder, again=again)
     if not line.startswith("rank"):  # of a run that had begun
@@ -435,6 +438,21 @@ def test_a_log_that_is_cut_anywhere_is_told_from_a_whole_one(quick, tmp_path, ca
         # a line of the log that is cut off is told too
         assert code in (1, 2) and said.err.count("\n") == (code == 2 or "no whole loss in the line" in said.err), size
         assert code == 2 or "FAIL" in said.out and "used" in said.out
+
+
+def test_a_shard_that_is_damaged_is_found_when_the_run_comes_to_it(quick, tmp_path):
+    """Kills: a token outside of the vocabulary that is trained on; a rank that waits for one that has found it; a
+    traceback, or a line a rank; the checkpoint before it lost."""
+    tokens = [7] * 600
+    write_shard(tmp_path / "train_1.bin", tokens)
+    write_shard(tmp_path / "train_2.bin", [*tokens, 600])
+    words = [*quick, f"train_files={tmp_path}/train_*.bin", "--checkpoint-every", "2"]
+    run = start(words, tmp_path, processes=2)
+    line = f"train_gpt.py: {tmp_path}/train_2.bin holds token 600, vocab_size is 512: delete it and make it again with"
+    assert run.returncode == 1 and run.stderr.count(line) == 1 and "DamagedShard" not in run.stderr, run.stderr
+    write_shard(tmp_path / "train_2.bin", tokens)
+    run = start(["--resume", f"logs/{checkpoint_of(tmp_path).name}"], tmp_path, processes=2)
+    assert run.returncode == 0 and read(log_of(tmp_path)).trials[0].complete
 
 
 # The trainer, with a rank that does something else when step 6 has its gradients.

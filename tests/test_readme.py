@@ -82,8 +82,8 @@ def test_run_sh_with_gpus(tmp_path):
         stub = tmp_path / name
         stub.parent.mkdir(parents=True, exist_ok=True)
         stub.write_text('#!/bin/sh\ncase "$*" in *find_gpus*|*device_count*) echo 8; exit;; esac\n'
-                        'case "$*" in *--fineweb-shards*) echo 17;; *doctor*) echo well;; *torchrun*) echo step;; '
-                        'esac\n'
+                        'case "$*" in *--fineweb-shards*) echo data/cached_fineweb100B.py 17;; *doctor*) echo well;; '
+                        '*torchrun*) echo step;; esac\n'
                         f'echo "{stub.name} $* WORLD_SIZE=$WORLD_SIZE$RANK" >> calls\n')
         stub.chmod(0o755)
     (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")
@@ -93,7 +93,7 @@ def test_run_sh_with_gpus(tmp_path):
     assert (tmp_path / "said").read_text() == "well\nstep\n"
     assert (tmp_path / "calls").read_text().splitlines() == [
         "python train_gpt.py --fineweb-shards matrix_lr=0.9 --seed 3 WORLD_SIZE=",
-        "python data/cached_fineweb10B.py 17 WORLD_SIZE=",
+        "python data/cached_fineweb100B.py 17 WORLD_SIZE=",
         "python -m harness.doctor -- matrix_lr=0.9 --seed 3 WORLD_SIZE=8",
         "python -m harness.torchrun --standalone --nproc_per_node=8 train_gpt.py matrix_lr=0.9 --seed 3 WORLD_SIZE="]
 

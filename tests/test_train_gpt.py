@@ -3,6 +3,7 @@
 import ast
 import gc
 import math
+import os
 import re
 import runpy
 import weakref
@@ -25,7 +26,7 @@ from harness.graphs import Replayed
 from harness.log import facts, flatten, render
 from harness.ranks import Place, fastest_attention, pin_attention
 from harness.run import summary
-from harness.shards import batches_in, find_shards, fineweb_shards
+from harness.shards import DamagedShard, batches_in, download_of, find_shards
 from harness.trial import Clock
 from initial import opposed_signs
 from kernels.cross_entropy import fused_head_loss
@@ -463,11 +464,37 @@ def test_clock_counts_training_alone(monkeypatch):
         assert clock.read() == 10
 
 
-def test_how_many_shards_of_fineweb_a_run_reads():
-    """Kills: 16 or 18 shards for 3200 steps (190 batches each), a download for a run on other text."""
-    for words, shards in (([], 17), (["train_steps=3230"], 17), (["train_steps=3231"], 18),
-                          (["batch_tokens=1048576"], 34), (["train_files=a*.bin"], 0)):
-        assert fineweb_shards(override(words)) == shards
+def test_what_downloads_the_shards_of_a_run():
+    """Kills: 16 or 18 shards for 3200 steps (190 batches each), a download for a run on other text, the program of
+    another dataset than the one that is read."""
+    ten, hundred = "data/cached_fineweb10B.py", "train_files=data/fineweb100B/fineweb_train_*.bin"
+    for words, download in (([], f"{ten} 17"), (["train_steps=3230"], f"{ten} 17"), (["train_steps=3231"], f"{ten} 18"),
+                            (["batch_tokens=1048576"], f"{ten} 34"), (["train_files=a*.bin"], ""),
+                            ([hundred], "data/cached_fineweb100B.py 17"),
+                            ([hundred, "batch_tokens=4194304", "train_steps=23690"],
+                             "data/cached_fineweb100B.py 1030")):
+        assert download_of(override(words)) == download
+        for program in download.split(" ")[:1]:
+            assert not program or (ROOT / program).exists()
+
+
+def test_shards_are_read_when_the_run_comes_to_them(tmp_path, monkeypatch):
+    """Kills: every token of 1,000 shards read before the first step, or of those that a resumed run has behind it; a
+    token outside of the vocabulary that is trained on; a header or a size that is looked at too late."""
+    for number in range(4):
+        write_shard(tmp_path / f"{number}.bin", [5] * 26 if number != 2 else [5] * 25 + [600])
+    read = []
+    monkeypatch.setattr("harness.shards.check_tokens", lambda tokens, _: read.append(os.path.basename(tokens.filename)))
+    shards = find_shards(f"{tmp_path}/*.bin", 8, 12, 512)
+    assert len(shards) == 4 and read == ["0.bin"]
+    batches = read_batches(shards, 8, 2, Place(1, 2, CPU), vocab_size=512)
+    assert [len(next(batches)[0]) for _ in range(6)] == [2] * 6
+    with pytest.raises(DamagedShard, match=r"/2.bin holds token 600, vocab_size is 512: delete it"):
+        next(batches)
+    assert len(list(read_batches(shards, 8, 2, Place(0, 1, CPU), first=9, vocab_size=512))) == 3
+    write_shard(tmp_path / "3.bin", [5] * 26, count=27)
+    with pytest.raises(DamagedShard, match="3.bin holds 26 tokens, its header says 27"):
+        find_shards(f"{tmp_path}/*.bin", 8, 12, 512)
 
 
 def test_overrides(tmp_path):
