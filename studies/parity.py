@@ -40,7 +40,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from harness.log import output_of
-from harness.shards import batches_in, find_shards, open_shard
+from harness.shards import batches_in, check_tokens, find_shards, open_shard
 from records.program import number
 from records.sample import Sample, gather
 from records.statistics import Moments, paired, pooled, t_quantile
@@ -146,7 +146,8 @@ def lay_out(hp: Hyperparameters, folder: Path) -> str:
     for copy in range(1, -(-hp.train_steps // batches)):
         for i, path in enumerate(train):
             path.with_name(f"fineweb_train_{copy * len(train) + i:06d}.bin").symlink_to(path.name)
-    find_shards(f"{target}/fineweb_train_*.bin", hp.batch_tokens, hp.train_steps, hp.vocab_size)  # of its vocabulary
+    for path in find_shards(f"{target}/fineweb_train_*.bin", hp.batch_tokens, hp.train_steps, hp.vocab_size):
+        check_tokens(open_shard(path), hp.vocab_size)
     fineweb = all(Path(path).name.startswith("fineweb") for path in paths["train"])
     again = "none is seen twice" if hp.train_steps <= batches else (
         f"each is seen {hp.train_steps / batches:.1f} times, in one order")

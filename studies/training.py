@@ -19,7 +19,7 @@ from tqdm import tqdm
 import train_gpt
 from harness.neurons import owned_neurons
 from harness.ranks import Place
-from harness.shards import find_shards, open_shard
+from harness.shards import check_tokens, find_shards, open_shard
 from train_gpt import Hyperparameters
 
 SMALL = ["@tiny", "vocab_size=257", "num_layers=4", "batch_tokens=512", "sequence_length=64",
@@ -42,9 +42,9 @@ def shards_of(hp: Hyperparameters) -> tuple[list[str], list[str]]:
         vocab_size = END_OF_TEXT + 1 if byte_sized else hp.vocab_size
         train = list(find_shards(hp.train_files, hp.batch_tokens, hp.last_step, vocab_size))
         val = list(find_shards(hp.val_files, hp.val_tokens, 1, vocab_size))
-        for path in (train + val) * byte_sized:
-            tokens = open_shard(path)
-            if ((tokens > 255) & (tokens != END_OF_TEXT)).any():
+        for path in train + val:
+            check_tokens(tokens := open_shard(path), vocab_size)
+            if byte_sized and ((tokens > 255) & (tokens != END_OF_TEXT)).any():
                 raise ValueError(f"{path} holds more than bytes")
     except ValueError as error:
         remedy = ". The small size reads bytes: python data/local.py --encoding bytes"

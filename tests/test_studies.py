@@ -199,6 +199,16 @@ def test_tokens_that_are_not_bytes(tmp_path):
         training.shards_of(hp)
 
 
+def test_tokens_of_another_vocabulary(tmp_path):
+    """Kills: a shard behind the first whose tokens are clamped to the vocabulary and trained on in silence."""
+    for name, last in (("train_0", 7), ("train_1", 600), ("val_0", 7)):
+        write_shard(tmp_path / f"{name}.bin", np.r_[np.arange(1500) % 7, last])
+    hp = training.train_gpt.override([*training.SMALL, "train_steps=4", "val_tokens=1024", "vocab_size=512",
+                                      *(f"{name}_files={tmp_path}/{name}_*.bin" for name in ("train", "val"))])
+    with pytest.raises(ValueError, match="train_1.bin holds token 600, vocab_size is 512: delete it"):
+        training.shards_of(hp)
+
+
 def test_a_quick_run_is_no_result(capsys):
     """Kills: numbers of a quick run in place of studies/results; words after a study that takes none, unread."""
     for words, says in ((["--quick"], "name a folder for it with -o"), (["seeds=3"], "unrecognized arguments: seeds")):

@@ -88,6 +88,16 @@ def test_lays_out_tokens(tmp_path):
     assert len(list((tmp_path / "data" / "fineweb10B").iterdir())) == 3
 
 
+def test_refuses_tokens_of_another_vocabulary(tmp_path):
+    """Kills: a shard behind the first that is no text of bytes, which the script would fail over in its midst."""
+    for name, last in (("local_train_1", 7), ("local_train_2", 600), ("local_val_0", 7)):
+        write_shard(tmp_path / f"{name}.bin", np.append(np.arange(599) % 7, last))
+    words = [f"train_files={tmp_path}/local_train_*.bin", f"val_files={tmp_path}/local_val_*.bin", "batch_tokens=256",
+             "sequence_length=32", "val_tokens=512", "vocab_size=257", "val_every=1"]
+    with pytest.raises(ValueError, match="fineweb_train_000001.bin holds token 600, vocab_size is 257"):
+        parity.lay_out(parity.hyperparameters(words, 3), tmp_path / "data")
+
+
 def sample(trials: list[Trial]) -> Sample:
     return Sample("", 3.28, trials, trials, common_moments(trials), trials[0].train_steps)
 
