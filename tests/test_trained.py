@@ -30,7 +30,7 @@ def words(tmp_path_factory) -> list[str]:
     write_shard(folder / "train.bin", local.encode_bytes(TEXT[514:]))
     (folder / "manifest.json").write_text('{"encoding": "bytes"}')
     return [f"train_files={folder}/train.bin", f"val_files={folder}/val.bin", "batch_tokens=256", "sequence_length=32",
-            "val_tokens=512", "micro_batch=4", "num_layers=2", "model_dim=32", "head_dim=16", "train_steps=12",
+            "val_tokens=512", "micro_batch=16", "num_layers=2", "model_dim=32", "head_dim=16", "train_steps=12",
             "val_every=12", "val_every_late=12", "target_loss=5", "--checkpoint-last"]
 
 
@@ -47,10 +47,11 @@ def run(request, words, tmp_path_factory) -> tuple[str, float]:
 
 def test_a_text_scores_what_its_validation_did(run):
     """Kills: the last weights where the validation's are others, those of val_loss where val_ema_loss is the metric; a
-    token of a text that is scored twice or not at all, windows that begin elsewhere, logits without their cap.
+    token of a text that is scored twice or not at all, windows that begin elsewhere, logits without their cap; sums of
+    exponentials whose rounding adds up, as those of F.cross_entropy do on a CPU where most logits are alike.
 
-    The text is the validation's 512 tokens after the first. Both add fp32 losses of the same bf16 logits; the sums
-    differ in their order alone.
+    The text is the validation's 512 tokens after the first. Both read 16 sequences at a time, and so add fp32 losses of
+    the same bf16 activations; the sums differ in their order alone.
     """
     checkpoint, loss = run
     model, hp, _ = load(checkpoint)
@@ -105,7 +106,8 @@ def test_what_is_said(run, monkeypatch):
     assert said(checkpoint) == said(checkpoint) != said(checkpoint, seed=1)
     greedy = said(checkpoint, temperature=0)
     assert greedy == said(checkpoint, temperature=0, seed=1) == said(checkpoint, top_k=1, temperature=5.0)
-    assert greedy == said(checkpoint, temperature=1e-9) != said(checkpoint, temperature=5.0)
+    assert greedy != said(checkpoint, temperature=5.0)
+    assert len(said(checkpoint, temperature=1e-300)) == 21  # one of those that are likeliest to the last bit
     assert len(said(checkpoint, prompt="x" * 100, count=3)) == 4  # longer than what the model reads at a time
     queue = [*make_encoding("bytes", 50304).encode_ordinary("é😀"), EOT, 5]
     monkeypatch.setattr(torch.Tensor, "topk", lambda z, k: (z[:1], torch.tensor([min(queue.pop(0), 256)])))
@@ -167,7 +169,8 @@ def test_an_export_is_the_model(run, tmp_path):
         x = x + lin(y.transpose(1, 2).flatten(2), b + "attn.proj")
         y = norm(x) * P[b + "norm2.gains"]
         h = lin(y, b + "mlp.fc")
-        x = x + lin(F.silu(lin(y, b + "mlp.gate")) * h if hp["activation"] == "swiglu" else h.relu() ** 2, b + "mlp.proj")
+        h = F.silu(lin(y, b + "mlp.gate")) * h if hp["activation"] == "swiglu" else h.relu() ** 2
+        x = x + lin(h, b + "mlp.proj")
     z = lin(norm(x) * P["norm2.gains"], "head").flatten(0, 1)
     assert F.cross_entropy(15 * z / (z * z + 225).sqrt(), targets).item() == pytest.approx(loss, abs=0.005)
 
@@ -208,7 +211,7 @@ def test_lm_eval_scores_a_file_without_a_network(record, questions, capsys, monk
     assert out["results"]["hellaswag"]["acc,none"] == right / 12
     assert out["results"]["hellaswag"]["acc_norm,none"] == normed / 12
     main(["evaluate", record, f"hellaswag={questions}"])
-    assert re.search(rf"hellaswag={questions} .*acc .*\n.*acc_norm", capsys.readouterr().out)
+    assert re.search(rf"hellaswag={questions}\s*\|.*acc .*\n.*acc_norm", capsys.readouterr().out)
 
 
 def test_the_rolling_likelihood_of_lm_eval_is_the_validations(run, questions):
@@ -225,7 +228,7 @@ def test_the_rolling_likelihood_of_lm_eval_is_the_validations(run, questions):
 
 @pytest.mark.parametrize("words, said", [
     (["hellaswagg"], "lm_eval has no task 'hellaswagg'; the nearest is 'hellaswag'"),
-    (["hellaswag"], r"hellaswag: ConnectionError: .+\. A task's data come from the Hugging Face hub, .+ NAME=FILE.jsonl"),
+    (["hellaswag"], r"hellaswag: ConnectionError: .+\. A task's data come from the Hugging Face hub, .+FILE.jsonl"),
     (["hellaswag=none.jsonl"], "hellaswag=none.jsonl: FileNotFoundError: .+"),
     (["winogrande={questions}"], "winogrande=.+: .+"),
     (["none.yaml"], "none.yaml: KeyError: .+"),
@@ -251,11 +254,10 @@ def other_source(folder: Path):
     (["sample", "{other}", "x"], ".+ is of another version of this program: check out the commit that its log names"),
     (["export", "{other}"], ".+ is of another version of this program: check out the commit that its log names"),
     (["sample", "none.checkpoint"], r"\[Errno 2\] No such file or directory: 'none.checkpoint/manifest.json'"),
-    (["evaluate", "{record}"], r"evaluate needs lm-evaluation-harness: python -m pip install -r trained/requirements\.txt"),
-    (["sample", "{quick}", "x"], "token 50256, with which a prompt begins, is outside of the model's vocabulary of 512: it "
-                                 "was trained on another encoding than gpt2"),
-    (["sample", "{record}", "x", "--encoding", "gpt2"], r"GPT-2's vocabulary cannot be loaded \(OSError\): .+ --encoding "
-                                                        "bytes"),
+    (["evaluate", "{record}"], "evaluate needs lm-evaluation-harness: .+ -r trained/requirements.txt"),
+    (["sample", "{quick}"], "token 50256, with which a prompt begins, is outside of the model's vocabulary of 512: it "
+                            "was trained on another encoding than gpt2"),
+    (["sample", "{record}", "x", "--encoding", "gpt2"], r"GPT-2's vocabulary cannot be loaded \(OSError\): .+ bytes"),
     (["sample", "{record}", "x", "--top-k", "0"], r"--top-k is at least 1, and below 2\^63"),
     (["sample", "{record}", "x", "--temperature", "nan"], r"--temperature is at least 0, and below 2\^63"),
     (["sample", "{record}", "\ud800"], ".+"),
@@ -282,5 +284,5 @@ def test_a_mistake_is_one_line(words, said, record, quick, tmp_path, monkeypatch
 def test_several_processes_are_one_line(record, monkeypatch):
     """Kills: torchrun's processes that all say the same."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="WORLD_SIZE=2 in the environment: this is one process; start it without torchrun"):
+    with pytest.raises(SystemExit, match="WORLD_SIZE=2 in the environment: this is one process; start it without"):
         main(["sample", record])
