@@ -51,8 +51,7 @@ def read_tasks(word: str, manager: TaskManager) -> list:
 
 
 def scores(adapter: Adapter, words: list[str], shots: int, limit: int) -> dict:
-    """What lm_eval.simple_evaluate returns, of the tasks of `words`: ValueError for one that cannot be had. With -1
-    shots each task has its own number, with limit 0 all of its questions."""
+    """What lm_eval.simple_evaluate returns. With -1 shots a task has its own number, with limit 0 all its questions."""
     manager = TaskManager()
     tasks = [task for word in words for name in (PAPER if word == "paper" else [word])
              for task in read_tasks(name, manager)]

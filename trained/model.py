@@ -23,8 +23,10 @@ BYTES = {bytes([b]): i for i, b in enumerate(PRINTABLE + sorted(set(range(256)) 
 
 
 def encoding_of(hp: Hyperparameters) -> str:
-    """What the manifest says that data/'s programs write beside shards. FineWeb's published shards have none."""
+    """What the manifest says that data/'s programs write beside shards. FineWeb's published shards are GPT-2's."""
     manifest = Path(hp.train_files).parent / "manifest.json"
+    if not manifest.is_file() and "fineweb" not in hp.train_files:
+        raise ValueError(f"there is no {manifest} to say how the model's texts were encoded: give --encoding")
     return json.loads(manifest.read_text(encoding="utf-8")).get("encoding", "gpt2") if manifest.is_file() else "gpt2"
 
 
