@@ -237,8 +237,8 @@ class Rule(NamedTuple):
         return {name: schedule(step) for name, schedule in self.knobs(Schedule).items()}
 
     def of_slots(self, sizes: dict[str, int]) -> dict[str, Tensor]:
-        """{stage.knob: a value a slot, or one where all are equal} of the knobs that go by name; `sizes`: how many slots
-        a parameter has."""
+        """{stage.knob: a value a slot, or one where all are equal} of the knobs that go by name; `sizes`: how many
+        slots a parameter has."""
         found = {}
         for name, named in self.knobs(Named).items():
             values = [named(parameter) for parameter in sizes]
