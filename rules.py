@@ -237,9 +237,14 @@ class Rule(NamedTuple):
         return {name: schedule(step) for name, schedule in self.knobs(Schedule).items()}
 
     def of_slots(self, sizes: dict[str, int]) -> dict[str, Tensor]:
-        """{stage.knob: a value a slot} of the knobs that go by name; `sizes`: how many slots a parameter has."""
-        return {name: torch.cat([torch.full((size,), named(parameter)) for parameter, size in sizes.items()])
-                for name, named in self.knobs(Named).items()}
+        """{stage.knob: a value a slot, or one where all are equal} of the knobs that go by name; `sizes`: how many
+        slots a parameter has."""
+        found = {}
+        for name, named in self.knobs(Named).items():
+            values = [named(parameter) for parameter in sizes]
+            found[name] = (torch.tensor(values[0]) if len(set(values)) == 1 else
+                           torch.cat([torch.full((size,), x) for x, size in zip(values, sizes.values())]))
+        return found
 
     def advance_(self, W: Tensor, G: Tensor, state: dict[str, Tensor], knobs: dict):
         """A step of a stack, in place: on a GPU in one call of a compiled program, on a CPU in parts, so that what a

@@ -312,7 +312,7 @@ class Bank:
         self.state = rule.state(self.masters)
         # tensors, which a CUDA graph reads anew at each replay
         self.knobs = {name: torch.zeros((), device=device) for name in ("lr", "t", *rule.at(0))}
-        self.knobs |= {name: self.shares.take(x).view(-1, *[1 for _ in slot]).to(device)
+        self.knobs |= {name: (self.shares.take(x).view(-1, *[1 for _ in slot]) if x.ndim else x).to(device)
                        for name, x in rule.of_slots(sizes).items()}
         self.run = Replayed(pool) if device.type == "cuda" and rule.captured else lambda update: update()
         self.beside = Beside(torch.cuda.Stream(device) if device.type == "cuda" and rule.has_after else None)

@@ -30,7 +30,7 @@ def words(tmp_path_factory) -> list[str]:
     write_shard(folder / "train.bin", local.encode_bytes(TEXT[514:]))
     (folder / "manifest.json").write_text('{"encoding": "bytes"}')
     return [f"train_files={folder}/train.bin", f"val_files={folder}/val.bin", "batch_tokens=256", "sequence_length=32",
-            "val_tokens=512", "micro_batch=4", "num_layers=2", "model_dim=32", "head_dim=16", "train_steps=12",
+            "val_tokens=512", "micro_batch=16", "num_layers=2", "model_dim=32", "head_dim=16", "train_steps=12",
             "val_every=12", "val_every_late=12", "target_loss=5", "--checkpoint-last"]
 
 
@@ -47,10 +47,11 @@ def run(request, words, tmp_path_factory) -> tuple[str, float]:
 
 def test_a_text_scores_what_its_validation_did(run):
     """Kills: the last weights where the validation's are others, those of val_loss where val_ema_loss is the metric; a
-    token of a text that is scored twice or not at all, windows that begin elsewhere, logits without their cap.
+    token of a text that is scored twice or not at all, windows that begin elsewhere, logits without their cap; sums of
+    exponentials whose rounding adds up, as those of F.cross_entropy do on a CPU where most logits are alike.
 
-    The text is the validation's 512 tokens after the first. Both add fp32 losses of the same bf16 logits; the sums
-    differ in their order alone.
+    The text is the validation's 512 tokens after the first. Both read 16 sequences at a time, and so add fp32 losses of
+    the same bf16 activations; the sums differ in their order alone.
     """
     checkpoint, loss = run
     model, hp, _ = load(checkpoint)
@@ -99,14 +100,16 @@ def said(checkpoint, prompt="def ", count=20, temperature=0.8, top_k=200, seed=0
 
 
 def test_what_is_said(run, monkeypatch):
-    """Kills: a seed without effect, a draw that ignores temperature or top_k; a character that is cut in two where its
-    bytes come one by one; text after its end; a token that the encoding does not have."""
+    """Kills: a seed without effect, a draw that ignores temperature or top_k; a longer context than in training; a
+    character that is cut in two where its bytes come one by one; text after its end; a token of no encoding."""
     checkpoint = run[0]
     assert said(checkpoint) == said(checkpoint) != said(checkpoint, seed=1)
     greedy = said(checkpoint, temperature=0)
     assert greedy == said(checkpoint, temperature=0, seed=1) == said(checkpoint, top_k=1, temperature=5.0)
-    assert greedy == said(checkpoint, temperature=1e-9) != said(checkpoint, temperature=5.0)
-    assert len(said(checkpoint, prompt="x" * 100, count=3)) == 4  # longer than what the model reads at a time
+    assert len({"".join(said(checkpoint, temperature=T)) for T in (0, 0.5, 1, 5)}) == 4
+    assert len(said(checkpoint, temperature=1e-300)) == 21  # one of those that are likeliest to the last bit
+    prompt = "def f(x, y):\n" * 9  # longer than what the model reads at a time
+    assert said(checkpoint, prompt, 9, 0) == said(checkpoint, prompt[-32:], 9, 0)
     queue = [*make_encoding("bytes", 50304).encode_ordinary("é😀"), EOT, 5]
     monkeypatch.setattr(torch.Tensor, "topk", lambda z, k: (z[:1], torch.tensor([min(queue.pop(0), 256)])))
     assert "".join(said(checkpoint)) == "é😀" and queue == [5]
@@ -209,7 +212,7 @@ def test_lm_eval_scores_a_file_without_a_network(record, questions, capsys, monk
     assert out["results"]["hellaswag"]["acc,none"] == right / 12
     assert out["results"]["hellaswag"]["acc_norm,none"] == normed / 12
     main(["evaluate", record, f"hellaswag={questions}"])
-    assert re.search(rf"hellaswag={questions} .*acc .*\n.*acc_norm", capsys.readouterr().out)
+    assert re.search(rf"hellaswag={questions}\s*\|.*acc .*\n.*acc_norm", capsys.readouterr().out)
 
 
 def test_the_rolling_likelihood_of_lm_eval_is_the_validations(run, questions):
@@ -224,14 +227,14 @@ def test_the_rolling_likelihood_of_lm_eval_is_the_validations(run, questions):
     assert total / 512 == pytest.approx(-run[1], abs=1e-5)
 
 
-@pytest.mark.parametrize("words, said", [
+@pytest.mark.parametrize("typed, line", [
     (["hellaswagg"], "lm_eval has no task 'hellaswagg'; the nearest is 'hellaswag'"),
-    (["hellaswag"], r"hellaswag: ConnectionError: .+\. A task's data come from the Hugging Face hub, .+ NAME=FILE.jsonl"),
+    (["hellaswag"], r"hellaswag: ConnectionError: .+\. A task's data come from the Hugging Face hub, .+FILE.jsonl"),
     (["hellaswag=none.jsonl"], "hellaswag=none.jsonl: FileNotFoundError: .+"),
     (["winogrande={questions}"], "winogrande=.+: .+"),
     (["none.yaml"], "none.yaml: KeyError: .+"),
 ])
-def test_a_task_that_cannot_be_had_is_one_line(words, said, record, questions, tmp_path, monkeypatch):
+def test_a_task_that_cannot_be_had_is_one_line(typed, line, record, questions, tmp_path, monkeypatch):
     """Kills: a traceback over a typo, over no network, or over a file of another task's form."""
     import datasets
     import huggingface_hub.constants
@@ -240,7 +243,7 @@ def test_a_task_that_cannot_be_had_is_one_line(words, said, record, questions, t
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
         main(["evaluate", record, *(word.format(questions=questions) for word in words)])
-    assert re.fullmatch("python -m trained: " + said, end.value.code)
+    assert re.fullmatch("python -m trained: " + line, end.value.code)
 
 
 def other_source(folder: Path):
@@ -248,40 +251,39 @@ def other_source(folder: Path):
     write_checkpoint(folder, "seed0-step12.pt", state)
 
 
-@pytest.mark.parametrize("words, said", [
+@pytest.mark.parametrize("typed, line", [
     (["sample", "{other}", "x"], ".+ is of another version of this program: check out the commit that its log names"),
     (["export", "{other}"], ".+ is of another version of this program: check out the commit that its log names"),
-    (["sample", "none.checkpoint"], r"\[Errno 2\] No such file or directory: 'none.checkpoint/manifest.json'"),
-    (["evaluate", "{record}"], r"evaluate needs lm-evaluation-harness: python -m pip install -r trained/requirements\.txt"),
-    (["sample", "{quick}", "x"], "token 50256, with which a prompt begins, is outside of the model's vocabulary of 512: it "
-                                 "was trained on another encoding than gpt2"),
-    (["sample", "{record}", "x", "--encoding", "gpt2"], r"GPT-2's vocabulary cannot be loaded \(OSError\): .+ --encoding "
-                                                        "bytes"),
+    (["sample", "none.checkpoint"], "there is no none.checkpoint/manifest.json on this machine: .+"),
+    (["evaluate", "{record}"], "evaluate needs lm-evaluation-harness: .+ -r trained/requirements.txt"),
+    (["sample", "{quick}"], "there is no .+/manifest.json to say how the model's texts were encoded: give --encoding"),
+    (["sample", "{quick}", "--encoding", "gpt2"], "token 50256, with which a prompt begins, is outside of the model's "
+                                                  "vocabulary of 512: it was trained on another encoding than gpt2"),
+    (["sample", "{record}", "x", "--encoding", "gpt2"], r"GPT-2's vocabulary cannot be loaded \(OSError\): .+ bytes"),
     (["sample", "{record}", "x", "--top-k", "0"], r"--top-k is at least 1, and below 2\^63"),
     (["sample", "{record}", "x", "--temperature", "nan"], r"--temperature is at least 0, and below 2\^63"),
-    (["sample", "{record}", "\ud800"], ".+"),
 ])
-def test_a_mistake_is_one_line(words, said, record, quick, tmp_path, monkeypatch):
+def test_a_mistake_is_one_line(typed, line, record, quick, tmp_path, monkeypatch):
     """Kills: a traceback, or a model of other weights than it says, over what a person can get wrong."""
     def offline(_):
         raise OSError("no network")
     places = dict(record=record, other=tmp_path / "other.checkpoint", quick="")
-    if "{other}" in words:
+    if "{other}" in typed:
         shutil.copytree(record, places["other"])
         other_source(places["other"])
-    if "{quick}" in words:
+    if "{quick}" in typed:
         train(tmp_path, [*quick, "--checkpoint-last"])
         places["quick"] = checkpoint_of(tmp_path)
     monkeypatch.setattr("tiktoken.get_encoding", offline)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        main([word.format(**places) for word in words])
-    assert re.fullmatch("python -m trained: " + said, end.value.code)
+        main([word.format(**places) for word in typed])
+    assert re.fullmatch("python -m trained: " + line, end.value.code)
 
 
 def test_several_processes_are_one_line(record, monkeypatch):
     """Kills: torchrun's processes that all say the same."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="WORLD_SIZE=2 in the environment: this is one process; start it without torchrun"):
+    with pytest.raises(SystemExit, match="WORLD_SIZE=2 in the environment: this is one process; start it without"):
         main(["sample", record])

@@ -20,10 +20,9 @@ from harness.run import standing
 from train_gpt import EXPERIMENT
 from trained.model import END_OF_TEXT, continued, encoding_of, load, make_encoding
 
-# name, default, least, meaning
 NUMBERS = [("tokens", 200, 1, "of text"), ("temperature", 0.8, 0, "0 takes the likeliest token"),
            ("top-k", 200, 1, "tokens of which one is drawn"), ("seed", 0, 0, "of what is drawn"),
-           ("shots", -1, -1, "examples before a question; -1: the task's"), ("limit", 0, 0, "questions a task; 0: all")]
+           ("shots", -1, -1, "-1: the task's own"), ("limit", 0, 0, "questions; 0: all")]  # name, default, least
 
 
 def sample(options: argparse.Namespace):

@@ -3,6 +3,7 @@
 import lm_eval
 from datasets.exceptions import DatasetsError
 from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table as table
 
 from rules import nearest
@@ -33,7 +34,7 @@ class Adapter(TemplateLM):
         raise ValueError(f"{requests[0].task_name} scores text that a model writes; only tasks of likelihoods run here")
 
 
-def read_tasks(word: str, manager: lm_eval.tasks.TaskManager) -> list:
+def read_tasks(word: str, manager: TaskManager) -> list:
     """What a word names: a NAME that lm_eval knows; FILE.yaml, in its form; or NAME=FILE.jsonl, whose lines take the
     place of the data that the task would download."""
     name, _, file = word.partition("=")
@@ -45,14 +46,13 @@ def read_tasks(word: str, manager: lm_eval.tasks.TaskManager) -> list:
         loaded = manager.load([dict(group=word, task=[local]) if file else name])
     except (OSError, DatasetsError, LookupError, TypeError, ValueError) as error:  # no network; other fields
         raise ValueError(f"{word}: {type(error).__name__}: {error}. A task's data come from the Hugging Face hub, over "
-                         "a network, or, in the same form, from the FILE of NAME=FILE.jsonl") from None
+                         "the network, or, in the same form, from the FILE of NAME=FILE.jsonl") from None
     return [*loaded["groups"].values()][:not file] or [*loaded["tasks"].values()]
 
 
 def scores(adapter: Adapter, words: list[str], shots: int, limit: int) -> dict:
-    """What lm_eval.simple_evaluate returns, of the tasks of `words`: ValueError for one that cannot be had. With -1
-    shots each task has its own number, with limit 0 all of its questions."""
-    manager = lm_eval.tasks.TaskManager()
+    """What lm_eval.simple_evaluate returns. With -1 shots a task has its own number, with limit 0 all its questions."""
+    manager = TaskManager()
     tasks = [task for word in words for name in (PAPER if word == "paper" else [word])
              for task in read_tasks(name, manager)]
     return lm_eval.simple_evaluate(adapter, tasks=tasks, num_fewshot=None if shots < 0 else shots, limit=limit or None,

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import tiktoken
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -24,8 +23,10 @@ BYTES = {bytes([b]): i for i, b in enumerate(PRINTABLE + sorted(set(range(256)) 
 
 
 def encoding_of(hp: Hyperparameters) -> str:
-    """What the manifest says that data/'s programs write beside shards. FineWeb's published shards have none."""
+    """What the manifest says that data/'s programs write beside shards. FineWeb's published shards are GPT-2's."""
     manifest = Path(hp.train_files).parent / "manifest.json"
+    if not manifest.is_file() and "fineweb" not in hp.train_files:
+        raise ValueError(f"there is no {manifest} to say how the model's texts were encoded: give --encoding")
     return json.loads(manifest.read_text(encoding="utf-8")).get("encoding", "gpt2") if manifest.is_file() else "gpt2"
 
 
@@ -70,7 +71,7 @@ def log_likelihoods(model: GPT, length: int, requests: list[tuple[list[int], lis
         for (i, ids, count), x, targets in zip(batch, model.activations(tokens[:, :-1]), tokens[:, 1:]):
             at = slice(len(ids) - 1 - count, len(ids) - 1)
             z = softcapped(model.head(x[at]))
-            total[i] -= F.cross_entropy(z, targets[at], reduction="sum").item()
+            total[i] += (z.gather(1, targets[at, None])[:, 0] - z.logsumexp(1)).sum().item()
             greedy[i] &= torch.equal(z.argmax(-1), targets[at])
     return list(zip(total, greedy))
 
@@ -86,7 +87,7 @@ def continued(model: GPT, length: int, encoding: tiktoken.Encoding, prompt: str,
     tokens = [END_OF_TEXT, *encoding.encode_ordinary(prompt)]
     for _ in range(count):
         window = torch.tensor([tokens[-length:]], device=model.head.weight.device)
-        z = softcapped(model.head(model.activations(window)[0, -1])).cpu()[known]
+        z = softcapped(model.head(model.activations(window)[0, -1])).cpu()[known].double()
         z, order = z.topk(min(top_k if temperature else 1, len(known)))
         p = ((z - z[0]) / (temperature or 1)).softmax(0)
         tokens.append(known[order[torch.multinomial(p, 1, generator=generator)]].item())
