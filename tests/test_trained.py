@@ -242,7 +242,7 @@ def test_a_task_that_cannot_be_had_is_one_line(typed, line, record, questions, t
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        main(["evaluate", record, *(word.format(questions=questions) for word in words)])
+        main(["evaluate", record, *(word.format(questions=questions) for word in typed)])
     assert re.fullmatch("python -m trained: " + line, end.value.code)
 
 
