@@ -39,7 +39,7 @@ INSTALL = "python -m pip install -r requirements.txt"
 # docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
 LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
 FIELDS = "index", "uuid", "driver_version", "mig.mode.current", "name", "compute_cap", "memory.total", "memory.used"
-PROBE = "import sys; from harness.doctor import probe; probe(sys.argv[1:])"
+PROBE = "import sys, train_gpt; from harness.doctor import probe; probe(train_gpt, sys.argv[1:])"
 
 
 class Finding(NamedTuple):
@@ -371,10 +371,10 @@ def banks(hp) -> list[Kept]:
     """Of the trainer's banks, as it would allocate them for `hp`. Needs PyTorch; allocates nothing."""
     import torch
     from harness.ranks import Place
-    from train_gpt import GPT, make_banks
 
+    trainer = sys.modules[type(hp).__module__]
     with torch.device("meta"):
-        made = make_banks(GPT(hp), hp, Place(0, 1, torch.device("meta")))
+        made = trainer.make_banks(trainer.GPT(hp), hp, Place(0, 1, torch.device("meta")))
     return [Kept(bank.shares.count, sum(x.nbytes for x in (bank.masters, *bank.state.values())) // bank.shares.padded,
                  passing(bank) / bank.shares.padded) for bank in made]
 
@@ -417,9 +417,8 @@ def passing(bank) -> int:
     return first.most + second.most
 
 
-def probe(words: list[str]):
+def probe(train_gpt, words: list[str]):
     """Print what the trainer makes of its arguments, as JSON, then its dry run. Needs PyTorch."""
-    import train_gpt
     from harness.arguments import complain, parse
     from harness.ranks import meet
     from harness.run import recall, settle

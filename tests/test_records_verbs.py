@@ -349,7 +349,8 @@ def test_lint_of_ours(tmp_path, capsys):
     (tiny,) = (ROOT / "records" / "tiny").glob("*.txt")
     status, out = run(capsys, "lint", str(tiny))
     assert status == 1 and "changed    model_dim: model_dim = 64" in out
-    assert out.startswith("unchanged  data: ")  # a log of before there was harness/
+    # a log of before there was harness/, and before a run looked through each shard as it opens it
+    assert out.startswith("changed    data: open_shard, batches_in, read_batches, against those of train_gpt.py")
 
 
 @pytest.mark.parametrize("against", [[], ["--against", "base.py"]])

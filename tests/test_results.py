@@ -64,7 +64,7 @@ def test_who_imports_whom(folder, others):
 
 def test_the_floors_of_the_harness():
     """Kills: two files of harness/ that need each other, or one that needs a file of its own floor or above."""
-    floors = ["arguments ranks shards torchrun", "checkpoint heartbeat log neurons", "trial", "run", "doctor"]
+    floors = ["arguments graphs ranks shards torchrun", "checkpoint heartbeat log neurons", "trial", "run", "doctor"]
     known = set()
     for floor in floors:
         for name in floor.split():
