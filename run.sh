@@ -45,6 +45,7 @@ install requirements.txt
 
 if [ "${1-}" = test ]; then
     install tests/requirements.txt
+    trap - USR1  # what is ignored stays so in the tests' own processes
     exec .venv/bin/python -m pytest "${@:2}"
 fi
 

@@ -210,7 +210,7 @@ def test_a_signal_that_saves_ends_no_run_that_saves_nothing(quick, tmp_path, mon
 
 def test_a_worker_does_not_outlive_its_launcher(quick, tmp_path):
     """Kills: an orphan that trains on, and holds its GPU, when torchrun dies of a signal that it does not know."""
-    script = SELF_KILL.format(owner="train_gpt", name="update", calls=4, signal=int(signal.SIGUSR1)).replace(
+    script = SELF_KILL.format(owner="train_gpt", name="update", calls=4, signal=int(signal.SIGUSR2)).replace(
         "os.kill(os.getpid(), signal)", "parent = os.getppid(); os.kill(parent, signal)\n"
         "        while os.getppid() == parent: pass")
     (tmp_path / "orphan.py").write_text(script)
@@ -218,7 +218,7 @@ def test_a_worker_does_not_outlive_its_launcher(quick, tmp_path):
     run = subprocess.run(["sh", "-c", '"$@"; true', "sh", *words], cwd=tmp_path, text=True, capture_output=True,
                          timeout=60, env=os.environ | {"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1",
                                                        "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
-    assert run.returncode == -signal.SIGUSR1  # its output ends when the worker's does
+    assert run.returncode == -signal.SIGUSR2  # its output ends when the worker's does
     folder = f"logs/{checkpoint_of(tmp_path).name}"
     assert run.stderr == f"train_gpt.py: stopped by a signal at step 5; --resume {folder} goes on\n"
 
