@@ -21,7 +21,14 @@ except ImportError:  # as on macOS: no kernel can run, and this is what the file
 CPU_MULTIPLIES_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-@torch.compiler.assume_constant_result
+def assume_constant_result(function):
+    """torch.compiler's decorator of that name. That one imports Dynamo, which takes half of the time in which a run on
+    a CPU starts, and which such a run does not need."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+@assume_constant_result
 def runs_kernels(device: torch.device) -> bool:
     """Whether tensors there go to the Triton kernels. There is no other path on such a GPU: a kernel runs or raises."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.bf16 import linear, runs_kernels, tl, triton
+from kernels.bf16 import assume_constant_result, linear, runs_kernels, tl, triton
 
 SOFTCAP = 15.0
 ROWS = 16  # 16 tokens' logits are 3 MB in fp32: a CPU's cache holds them from the first pass to the last
@@ -187,7 +187,7 @@ class _FusedHead(torch.autograd.Function):
         return *(gradient * scale for gradient in ctx.saved_tensors), None, None
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def rows_at_once(device: torch.device, row_bytes: int) -> int:
     """How many tokens' logits fit into an eighth of the GPU's memory: all 65,536 of a micro-batch on an H100."""
     return max(1, torch.cuda.get_device_properties(device).total_memory // 8 // row_bytes)

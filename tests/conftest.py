@@ -1,5 +1,8 @@
 """A small corpus and a small run, shared by the tests of the trainer.
 
+Every process of a test computes on one thread: pytest's workers fill the cores, and OpenMP's threads spin while they
+wait for a core. On two cores, two threads a worker made tests of small tensors ten times as slow.
+
 Tests of kernels put their tensors on DEVICE; those of kernels that multiply matrices take their dtypes from
 MATMUL_DTYPES.
 """
@@ -10,6 +13,8 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # isort: split, before PyTorch is imported
 
 import numpy as np
 import pytest
@@ -137,17 +142,14 @@ def one_process():
 
 
 def train(folder: Path, words):
-    """In this process, which is quicker; on one thread, as in `start`. The signals' handlers are put back."""
+    """In this process, which is quicker. The signals' handlers are put back."""
     folder.mkdir(exist_ok=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     before, handlers = Path.cwd(), {number: signal.getsignal(number) for number in SIGNALS}
     os.chdir(folder)
     try:
         train_gpt.main(list(words))
     finally:
         os.chdir(before)
-        torch.set_num_threads(threads)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if torch.distributed.is_initialized():
@@ -160,6 +162,5 @@ def start(words: list[str], folder: Path, script: Path = ROOT / "train_gpt.py", 
     unwanted = "TORCH", "TRITON", "RANK", "WORLD", "LOCAL_", "MASTER"
     clean = {k: v for k, v in os.environ.items() if not k.startswith(unwanted)}
     # on the CPU also where there is a GPU: the same bits are asked for, and more processes than it may have GPUs
-    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
     return subprocess.run([sys.executable, *launcher, str(script), *words], cwd=folder, text=True, capture_output=True,
-                          env=clean | settings, timeout=120)
+                          env=clean | {"CUDA_VISIBLE_DEVICES": ""} | environment, timeout=120)

@@ -43,7 +43,6 @@ def refusal(act) -> str:
 
 def on_two_ranks(rank: int, folder: str):
     """All that needs two processes, in one pair of them: starting is what takes the time."""
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2,
                             timeout=timedelta(seconds=30))  # a rank that is left waiting fails
     seen = {}
@@ -281,7 +280,6 @@ import torch
 from torch.utils.data import DataLoader
 sys.path.insert(0, sys.argv[1])
 from aurora import Aurora
-torch.set_num_threads(1)
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
 def network():
     torch.manual_seed(0)

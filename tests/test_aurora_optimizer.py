@@ -308,7 +308,6 @@ def checkpoints() -> dict:
 
 
 def one_of_several(rank: int, world: int, folder: str):
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     torch.save(share_of_a_run(torch.load(f"{folder}/checkpoint.pt", weights_only=True)), f"{folder}/{rank}.pt")
     dist.barrier()  # a process that is gone while another still talks to it aborts that one

@@ -70,7 +70,6 @@ def share(saved):
 
 
 def one_of_several(rank: int, world: int, folder: str):
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     torch.save(share(torch.load(f"{folder}/saved.pt", weights_only=True)), f"{folder}/{rank}.pt")
     dist.barrier()
@@ -81,13 +80,9 @@ def one_of_several(rank: int, world: int, folder: str):
 def alone():
     """What one process has after 3 steps, and after 2. On one thread as the others: MKL's QR, of 128 rows and more,
     rounds otherwise on two. How many matrices are in a stack changes nothing."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with one_process():
         saved = {name: train(WORDS[name], last=2)[1] for name in SHARED}
-        made = saved, share(saved)
-    torch.set_num_threads(threads)
-    return made
+        return saved, share(saved)
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -216,8 +216,8 @@ def test_a_worker_does_not_outlive_its_launcher(quick, tmp_path):
     (tmp_path / "orphan.py").write_text(script)
     words = [sys.executable, "orphan.py", *quick, "--checkpoint-every", "100"]
     run = subprocess.run(["sh", "-c", '"$@"; true', "sh", *words], cwd=tmp_path, text=True, capture_output=True,
-                         timeout=60, env=os.environ | {"TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1",
-                                                       "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)})
+                         timeout=60, env=os.environ | {"TORCHELASTIC_RUN_ID": "x", "CUDA_VISIBLE_DEVICES": "",
+                                                       "PYTHONPATH": str(ROOT)})
     assert run.returncode == -signal.SIGUSR2  # its output ends when the worker's does
     folder = f"logs/{checkpoint_of(tmp_path).name}"
     assert run.stderr == f"train_gpt.py: stopped by a signal at step 5; --resume {folder} goes on\n"
@@ -466,7 +466,7 @@ def test_killed_at_any_moment(tmp_path):
     code = ("import sys; from pathlib import Path; from tests.drills import kill; "
             "print(kill.kills(Path(sys.argv[1]), 5))")
     run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, text=True, capture_output=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, timeout=300)
+                         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, timeout=300)
     assert re.fullmatch(r"\(5, [1-5]\)\n", run.stdout), run.stdout + run.stderr
 
 

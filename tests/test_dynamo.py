@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 import rules
 from aurora import Aurora
 from harness.ranks import Place
-from kernels import cross_entropy, mlp, norm, qkv
+from kernels import bf16, cross_entropy, mlp, norm, qkv
 from rules import Rule, advance_
 from train_gpt import GPT, accumulate_gradients, fill, initial_weights, make_banks, override, validation_loss
 
@@ -27,6 +27,13 @@ def graphs() -> int:
     """How many Dynamo has made; and it has broken none."""
     assert not counters["graph_break"], counters["graph_break"]
     return counters["stats"]["unique_graphs"]
+
+
+def test_a_constant_result_is_marked_as_pytorch_marks_it():
+    """Kills: another mark, as of another version, for which the compiled model breaks at the first kernel."""
+    functions = (mark(lambda: 1) for mark in (bf16.assume_constant_result, torch.compiler.assume_constant_result))
+    ours, theirs = map(vars, functions)
+    assert ours == theirs != {}
 
 
 def test_the_model_is_one_graph_and_another_to_validate(monkeypatch):

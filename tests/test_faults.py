@@ -365,7 +365,7 @@ def test_nobody_reads_what_a_run_prints(quick, tmp_path):
     """Kills: a run that `| head` ends, or a launcher that is gone: with [Errno 32], or at its very end."""
     run = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py"), *quick], cwd=tmp_path, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                           env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+                           env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
     run.stdout.close()
     assert (run.stderr.read(), run.wait()) == ("", 0)
     assert read(log_of(tmp_path)).trials[0].complete
@@ -490,7 +490,7 @@ def test_a_rank_that_is_stopped_ends_the_job(quick, tmp_path):
                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
                               env=os.environ | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
                                                     MASTER_ADDR="127.0.0.1", MASTER_PORT=port, PYTHONPATH=str(ROOT),
-                                                    OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""))
+                                                    CUDA_VISIBLE_DEVICES=""))
              for rank in (0, 1)]
     try:
         said = ranks[0].communicate(timeout=100)[1]

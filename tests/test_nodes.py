@@ -48,7 +48,7 @@ def nodes(folders, words, script=ROOT / "train_gpt.py", port: int = 0) -> list[s
         [sys.executable, "-m", "harness.torchrun", f"--nnodes={max(2, len(folders))}", f"--node-rank={rank}",
          "--master-addr=127.0.0.1", f"--master-port={port}", "--nproc_per_node=1", str(script), *words],
         cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=clean | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+        env=clean | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""})
         for rank, folder in enumerate(folders)]
 
 

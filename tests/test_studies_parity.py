@@ -259,7 +259,6 @@ def test_end_to_end(comparison, monkeypatch, capsys):
     second call that trains again, the memory of the process that started the run for that of the run, a result without
     its verdict, curves, figure or the words that it is not FineWeb."""
     folder, words = comparison
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     large = b"x" * 10**9
     code = parity.main(words)
     del large
@@ -281,13 +280,12 @@ def test_end_to_end(comparison, monkeypatch, capsys):
     assert parity.main(words) == code
 
 
-def test_equal_initial_weights_give_equal_curves(comparison, monkeypatch):
+def test_equal_initial_weights_give_equal_curves(comparison):
     """Kills: a formula of the trainer or of the stand-in that is not the other's: contra left out is .0020 away, a
     cooldown of .6 .09. What is left, .0001 to .0003 by the machine's vector unit, is bf16's rounding; beta .25 for .5,
     a wrong sign of the rotary embedding and a Newton-Schulz step fewer hide in it, and have tests of their own. Other
     seeds are .003 away."""
     folder, words = comparison
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     hp = parity.hyperparameters([word for word in words if "=" in word or word[0] == "@"], 30)
     script = folder / "seed_0.py"
     source = parity.edit((folder / "other.py").read_text(), hp)

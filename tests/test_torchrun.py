@@ -41,7 +41,7 @@ def launch(folder, script, processes=2, before=(), words=(), **environment):
                "worker.py", *words]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("TORCH", "RANK", "WORLD", "LOCAL_", "MASTER"))}
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=clean | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment)
+                            env=clean | {"PYTHONPATH": str(ROOT)} | environment)
 
 
 def wait_for(what):
