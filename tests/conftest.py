@@ -83,7 +83,7 @@ def corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     random = np.random.default_rng(0)
     words = random.integers(0, 400, (12, 5))
-    text = np.concatenate([np.append(EOT, words[random.integers(0, 12, 40)]) for _ in range(150)])
+    text = np.concatenate([np.append(400, words[random.integers(0, 12, 40)]) for _ in range(150)])
     write_shard(folder / "val_000000.bin", text[:3000])
     write_shard(folder / "train_000001.bin", text[3000:13000])
     write_shard(folder / "train_000002.bin", text[13000:])
@@ -94,7 +94,7 @@ def corpus(tmp_path_factory) -> Path:
 def small(corpus) -> list[str]:
     """Overrides for a run of seconds: 8 sequences of 32 tokens a step, 2 layers of width 32."""
     return [f"train_files={corpus}/train_*.bin", f"val_files={corpus}/val_*.bin", "batch_tokens=256",
-            "sequence_length=32", "val_tokens=512", "micro_batch=2", "vocab_size=50304", "num_layers=2",
+            "sequence_length=32", "val_tokens=512", "micro_batch=2", "vocab_size=512", "num_layers=2",
             "model_dim=32", "head_dim=16", "train_steps=40", "val_every=10", "val_every_late=2", "target_loss=5"]
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import one_process, start
+from conftest import one_process, start, train
 from matplotlib.figure import Figure
 
 import train_gpt
@@ -180,5 +180,6 @@ def test_picture(tmp_path, capsys):
 
 def test_bad_interval(small, tmp_path):
     """Kills: --neurons -1 that trains first."""
-    run = start([*small, "--neurons", "-1"], tmp_path)
-    assert run.returncode == 1 and run.stderr == "train_gpt.py: --neurons -1: a number of steps, or 0 for never\n"
+    with pytest.raises(SystemExit) as end:
+        train(tmp_path, [*small, "--neurons", "-1"])
+    assert str(end.value) == "train_gpt.py: --neurons -1: a number of steps, or 0 for never"
