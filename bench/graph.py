@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
@@ -175,6 +175,7 @@ def kernel(node) -> tuple[str, int] | None:
 PROGRAMS = {"fused": (train_gpt.GPT, torch.bfloat16), "published": (UnfusedGPT, torch.float32)}
 
 
+@cache
 def trace(form: str, hp: train_gpt.Hyperparameters) -> dict[str, Pass]:
     """{"forward": its pass, "backward": its pass} of a program, named as in bench/roofline.py."""
     make, dtype = PROGRAMS[form]  # of the parameters; the embedding has its own

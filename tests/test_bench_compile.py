@@ -25,7 +25,8 @@ def bound(hp):
     parameters = sum(shape.numel() for shape in roofline.parameters(hp).values())
     run = vars(hp) | {"mlp_dim": hp.mlp_dim, "banks": banks(hp)}
     return step_bytes(run, parameters, hp.micro_batch, True, 1) - RESERVE
-updates = [[], [f"matrix_update={RULES['normuon']}"], [f"matrix_update={SOAP}"]]
+# each stack's compilation takes seconds: all three of the record, and the squares of two other rules
+updates = [[], *(["mlp_expansion=1", f"matrix_update={rule}"] for rule in (RULES["normuon"], SOAP))]
 print(json.dumps(dict(layers=[(rows(hp), *memory_rows(hp), bound(hp)) for hp in recipes],
                       updates=[update_rows(override(words)) for words in updates])))
 """

@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, train
 from test_torchrun import wait_for
 
 from harness.log import local_files
 from records.log import read
 
-# The trainer, of which a rank is killed in step 6
+# The trainer, of which rank 1 is killed in step 6
 KILLED = """
 import os, signal, sys
 import train_gpt
@@ -25,7 +25,7 @@ import train_gpt
 update = train_gpt.update
 
 def killed(banks, step):
-    if step == 5 and os.environ["RANK"] == "{rank}":
+    if step == 5 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     update(banks, step)
 
@@ -63,7 +63,7 @@ def test_a_machine_that_is_lost_ends_all_and_the_same_command_goes_on(quick, tmp
     """Kills: a machine that waits for one that is gone; a traceback, or an end that names no rank; a rank on another
     machine that begins where this one goes on; two logs."""
     words = [*quick, "--checkpoint-every", "3", "--resume", "newest"]
-    (tmp_path / "killed.py").write_text(KILLED.format(rank=1))
+    (tmp_path / "killed.py").write_text(KILLED)
     assert ends(nodes([tmp_path] * 2, words, tmp_path / "killed.py")) == [
         (1, "train_gpt.py: rank 0: rank 1 is gone: killed, or with its machine\n"),
         (1, "run.sh: rank 1 was ended by SIGKILL\n")]
@@ -72,19 +72,19 @@ def test_a_machine_that_is_lost_ends_all_and_the_same_command_goes_on(quick, tmp
     assert "resumed: step 3, world_size 2\n" in log.read_text() and read(log).trials[0].complete
 
 
-def test_a_machine_without_the_checkpoint_ends_all(quick, tmp_path):
+def test_a_machine_without_the_checkpoint_ends_all(quick, tmp_path, monkeypatch):
     """Kills: a machine that waits for half an hour for one that could not begin, or that does not say for whom; one
     that begins alone what the other goes on with."""
     here, there = tmp_path / "here", tmp_path / "there"
-    here.mkdir(), there.mkdir()
-    (tmp_path / "killed.py").write_text(KILLED.format(rank=0))
-    words = [*quick, "--checkpoint-every", "3", "--resume", "newest"]
-    (end, said), _ = ends(nodes([here, there], words, tmp_path / "killed.py"))
-    assert (end, said) == (1, "run.sh: rank 0 was ended by SIGKILL\n")
+    there.mkdir()
+    words = [*quick, "--checkpoint-every", "3"]
+    monkeypatch.setattr("train_gpt.update", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        train(here, words)
     (folder,) = here.glob("logs/*.checkpoint")
     line = (f"there is no logs/{folder.name}/manifest.json on this machine: name a checkpoint that is here; of several "
             "machines all see one logs/\n")
-    first, second = ends(nodes([here, there], words))
+    first, second = ends(nodes([here, there], [*words, "--resume", "newest"]))
     assert first[0] == 1 and re.fullmatch(rf"train_gpt.py: rank 1, on \S+: {re.escape(line)}", first[1]), first
     assert second == (1, f"train_gpt.py: {line}") and not (there / "logs").exists()
 

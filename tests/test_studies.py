@@ -121,7 +121,7 @@ def test_neuron_death(tmp_path, text):
 
 def test_expansion(tmp_path, text):
     """Kills: an expansion that does not reach the model, pairs of unequal seeds, a gain of the wrong sign."""
-    rows = quick(expansion, tmp_path, [*text, "train_steps=60", "val_every=60", "val_every_late=60"])
+    rows = quick(expansion, tmp_path, [*text, "train_steps=15", "val_every=15", "val_every_late=15"])
     assert len(rows) == 3 * 2 * 2 * 2
     last = {(row["direction"], row["mlp_expansion"], row["seed"]): row["val_loss"] for row in rows if row["step"]}
     for seed in (0, 1):
