@@ -30,7 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from math import inf, isfinite
 from pathlib import Path
@@ -47,6 +47,7 @@ EXAMINE = "import train_gpt; from harness.sweep import examine; examine(train_gp
 TRAIN = "import sys; from harness.torchrun import launch; launch(sys.argv[1:])"  # without a verdict on each run
 LIBC = ctypes.CDLL(None)
 SEEDS = 4  # where the ledger has none
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
 ATTEMPTS = 3  # of a run that crashes
 KIND = "val_files", "val_tokens", "vocab_size"  # fields that make losses of one kind
 DATA = *KIND, "train_files", "batch_tokens", "sequence_length", "last_step"  # what the check of the shards depends on
@@ -156,11 +157,11 @@ def check_alike(states: dict):
     seeds = {}
     for folder, (state, hp) in states.items():
         first, (begun, before) = next(iter(states.items()))
-        if (state["step"], vars(hp)) != (begun["step"], vars(before)):
-            raise ValueError(f"--fork-from: {folder} is at step {state['step']} of a run that is not alike {first}, at "
-                             f"step {begun['step']}: pairs need one step of one program, and seeds that differ")
-        if other := seeds.setdefault(state["seed"], folder) != folder and seeds[state["seed"]]:
-            raise ValueError(f"--fork-from: {folder} and {other} are both of seed {state['seed']}: give one a seed")
+        if (state["step"], hp) != (begun["step"], before):
+            raise ValueError(f"--fork-from: {folder} is at step {state['step']}, {first} at {begun['step']}, or of other "
+                             "values: forks are pairs where all begin at one step of one recipe")
+        if (other := seeds.setdefault(state["seed"], folder)) != folder:
+            raise ValueError(f"--fork-from: {folder} and {other} are both of seed {state['seed']}: give one of them")
 
 
 def ask(options: argparse.Namespace, lines: list[Line]) -> dict:
@@ -168,7 +169,7 @@ def ask(options: argparse.Namespace, lines: list[Line]) -> dict:
     asked = dict(file=options.file, lines=lines, words=options.words, checkpoints=options.fork_from,
                  download=options.fineweb_shards)
     answer = subprocess.run([sys.executable, "-c", EXAMINE], input=json.dumps(asked), capture_output=True, text=True,
-                            env=environment() | {"WORLD_SIZE": str(options.nproc_per_node)})
+                            **APART, env=environment() | {"WORLD_SIZE": str(options.nproc_per_node)})
     if answer.returncode:
         raise ValueError(answer.stderr.strip().split("\n")[-1] or f"the trainer ended with {answer.returncode}")
     return json.loads(answer.stdout)
@@ -239,7 +240,7 @@ class Signals:
 
     def __init__(self):
         self.child, self.stop = None, False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGUSR1:  # nohup ignores SIGHUP
                 signal.signal(number, self.hand_on)
 
@@ -304,7 +305,7 @@ def train(trainer: list[str], variation: Variation, start: Start, every: int, fi
         words = [*origin(start), *variation.overrides, *(["--checkpoint-every", str(every)] if every else [])]
     began = time.time()
     child = subprocess.Popen([*trainer, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=file, text=True,
-                             errors="replace", env=environment(), start_new_session=True, preexec_fn=end_with_parent)
+                             errors="replace", env=environment(), **APART)
     signals.child = child
     if signals.stop:  # since before there was a child
         child.terminate()
@@ -324,9 +325,14 @@ def origin(start: Start) -> list[str]:
     return ["--fork-from", start[1].partition(" of ")[2]] if start[1] else ["--seed", str(start[0])]
 
 
-def end_with_parent():
-    """In a new process: ask Linux for a SIGTERM when the sweep is gone, whatever ended it."""
+def own_signals():
+    """In a new process: Ctrl-C comes from the sweep alone (APART), and so does SIGTERM, from Linux where the sweep is
+    gone, whatever ended it. Until the trainer has something to save, SIGUSR1 is nothing."""
     LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+APART = dict(start_new_session=True, preexec_fn=own_signals)
 
 
 def name_log(file: BinaryIO, variation: Variation, start: Start, began: float):
@@ -344,12 +350,14 @@ def name_log(file: BinaryIO, variation: Variation, start: Start, began: float):
 
 def ended(variation: Variation, start: Start, log: str, code: int, said: str, seconds: float) -> Run:
     """The line of the ledger. What ended a crashed run stands last in what it said."""
-    trial, loss = Trial(), None
-    if log:
-        *_, trial = read(log).trials
-        loss = last_loss(log, variation.metric, trial)
+    trial = Trial()
     words = [line for line in said.splitlines() if line.strip() and not line.startswith("log: ")]
     why = re.sub(r"^(train_gpt.py|run.sh): ", "", words[-1]) if words else f"exit code {code} without a word"
+    try:
+        *_, trial = read(log).trials if log else [trial]
+    except ValueError as error:  # a log that the desk does not read
+        why = str(error)
+    loss = last_loss(log, variation.metric, trial)
     status, why = ((FAILED, trial.failed) if trial.failed else
                    (FINISHED, "") if code == 0 and trial.last_step == variation.last_step and loss is not None else
                    (CRASHED, why))
@@ -380,11 +388,11 @@ def sweep(plan: Plan, path: str, trainer: list[str], every: int) -> int:
             tried.add((variation.source_sha256, start))
             left = to_come(plan, path)
             before, bar.total = bar.n, bar.n + sum(v.last_step - first_step(s) for v, s in left)
-            bar.set_description_str(f"{variation.name} {said_of(start)}, {len(left)} runs to come")
+            bar.set_description_str(f"{variation.name} {said_of(start)}, {count(len(left), 'run')} to come")
 
             def reached(step: int, losses: str):
-                bar.set_postfix_str(losses, refresh=False)
                 bar.update(before + step - first_step(start) - bar.n)
+                bar.set_postfix_str(losses)  # and show both: validations are rare
 
             with file:
                 run = train(trainer, variation, start, every, file, signals, reached)
@@ -402,10 +410,15 @@ def sweep(plan: Plan, path: str, trainer: list[str], every: int) -> int:
     left = [(variation.source_sha256, start) for variation, start in to_come(plan, path)]
     others = len(set(left) - tried)
     why = ("stopped" if signals.stop else stopped if stopped else
-           f"{others} runs are another sweep's, which lives" if others else f"{len(left)} runs crashed" if left else "")
+           f"another sweep, which lives, has {count(others, 'run')}" if others else
+           f"{count(len(left), 'run')} crashed" if left else "")
     if why:
         print(f"sweep: {why}; the same command goes on", file=sys.stderr)
     return int(bool(why))
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def said_of(start: Start) -> str:
@@ -466,20 +479,25 @@ def main(words: list[str]) -> int:
     except (OSError, ValueError) as error:
         complain(error)
     left = to_come(plan, path)
-    print(f"{len(plan.variations)} variations x {len(plan.starts)} starts, {len(left)} runs to come; ledger {path}")
+    print(f"{count(len(plan.variations), 'variation')} x {count(len(plan.starts), 'start')}, {count(len(left), 'run')} to come; "
+          f"ledger {path}")
     if left:
         first = plan.variations[0].overrides
         if subprocess.call([sys.executable, "-m", "harness.doctor", "--", *origin(plan.starts[0]), *first],
-                           env=environment() | {"WORLD_SIZE": str(options.nproc_per_node)}):
+                           **APART, env=environment() | {"WORLD_SIZE": str(options.nproc_per_node)}):
             return 1
     if options.dry_run:
         return 0
-    if not ledger.plans or (ledger.plans[-1].variations, ledger.plans[-1].starts) != (plan.variations, plan.starts):
-        append(path, plan)
     trainer = [sys.executable, "-c", TRAIN, "--standalone", f"--nproc_per_node={options.nproc_per_node}",
                str(ROOT / "train_gpt.py")]
-    return sweep(plan, path, trainer, options.checkpoint_every)
+    try:
+        if not ledger.plans or replace(plan, time="") != replace(ledger.plans[-1], time=""):
+            append(path, plan)
+        return sweep(plan, path, trainer, options.checkpoint_every)
+    except (OSError, ValueError) as error:  # a full disk, a ledger that somebody has edited; the run ends with this
+        complain(error)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before there is a run to end, Ctrl-C ends without a traceback
     sys.exit(main(sys.argv[1:]))

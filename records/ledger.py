@@ -15,9 +15,7 @@ each attempt that crashed.
 import json
 import sys
 from dataclasses import dataclass, is_dataclass
-from math import isfinite
 from pathlib import Path
-from types import NoneType
 from typing import NamedTuple, get_args, get_origin, get_type_hints
 
 FINISHED, FAILED, CRASHED = STATUSES = "finished", "failed", "crashed"
@@ -97,9 +95,11 @@ def interpret(line: str, where: str) -> Plan | Run:
         made = build(kind, found)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    if kind is Plan and not made.variations:
+        raise ValueError(f"{where}: a plan has no variation")
     if kind is Run and made.status not in STATUSES:
         raise ValueError(f"{where}: status is {made.status!r}, which is none of {', '.join(STATUSES)}")
-    if kind is Run and (made.status == FINISHED) != (made.loss is not None and isfinite(made.loss)):
+    if kind is Run and (made.status == FINISHED) != (made.loss is not None and abs(made.loss) < 1e9):
         raise ValueError(f"{where}: a {made.status} run has the loss {made.loss}")
     return made
 
@@ -117,7 +117,8 @@ def build(kind: type, found, name: str = "the line"):
         return [build(inner[0], value, name) for value in found]
     if origin is tuple and isinstance(found, list) and len(found) == len(inner):
         return tuple(build(each, value, name) for each, value in zip(inner, found))
-    plain = {float: (int, float), float | None: (int, float, NoneType)}.get(kind, kind)
-    if origin not in (list, tuple) and isinstance(found, plain) and not isinstance(found, bool):
+    if origin not in (list, tuple) and type(found) in (inner or (kind,)):
         return found
+    if float in (kind, *inner) and type(found) is int and abs(found) < 2**53:  # 1.0 may be written as 1
+        return float(found)
     raise ValueError(f"{name} is {found!r:.60}")

@@ -112,7 +112,7 @@ def describe(variation: Variation, first: Variation, ends: Ends) -> dict:
 
 def judge(rows: list[dict], tables: list[int], family: int) -> None:
     """Fill in half_width, p, outcome and more of a table that is whole."""
-    shares = [FIRST * (1 - FIRST) ** (k - 1) for k in tables]
+    shares = [max(FIRST * (1 - FIRST) ** (k - 1), 1e-9) for k in tables]  # about as fine as t_cdf is
     known = [i for i, row in enumerate(rows) if row["sd"] is not None]
     errors = {i: Difference(rows[i]["difference"], rows[i]["sd"] / sqrt(rows[i]["pairs"]), rows[i]["pairs"] - 1)
               for i in known}
