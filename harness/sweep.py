@@ -463,6 +463,8 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def complain(message):
+    if isinstance(message, OSError):
+        message = f"{message.filename or 'a file'}: {(message.strerror or str(message)).lower()}"
     sys.exit(f"sweep: {message}")
 
 

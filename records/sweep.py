@@ -169,7 +169,7 @@ def notes(result: dict) -> list[str]:
         losses[f"{row['metric']} at step {row['step']}"].append(row["name"])
     said = [f"loss: {loss}" + f" ({', '.join(names)})" * (len(losses) > 1) for loss, names in losses.items()]
     if apart := sum(row["apart"] for row in rows):
-        said.append(f"{apart} pairs are left out: their two runs were on different devices")
+        said.append(f"{apart} pair{'s' * (apart > 1)} left out, of runs on different devices")
     if first["n"] == 0 and not result["to_come"]:
         said.append(f"{first['name']}, which the others are compared with, has no run that finished")
     if result["to_come"]:

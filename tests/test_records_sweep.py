@@ -104,7 +104,7 @@ def test_runs_that_are_no_pairs():
     twice = table(*lines, run("b", 0, 1.0), run("b", 1, 1.0, source_sha256="before"))
     assert twice["b"] == table(*lines)["b"]
     moved = table(*lines[:-1], replace(lines[-1], device="NVIDIA A100"))
-    assert (moved["b"]["pairs"], moved["b"]["apart"]) == (3, 1) and "1 pairs are left out" in text(moved)
+    assert (moved["b"]["pairs"], moved["b"]["apart"]) == (3, 1) and "1 pair left out" in text(moved)
     fork = "step 2000 of logs/x.checkpoint"
     forked = table(replace(plan("a b"), starts=[(0, fork)]), *lines[1:], run("a", 0, 3.0, fork=fork))
     assert forked["b"]["pairs"] == 4 and forked["to_come"] == 1

@@ -249,3 +249,88 @@ def test_a_file_of_variations(tmp_path):
     path.write_bytes(b"\xef\xbb\xbfbase:  # the recipe\r\n\r\n#x: y=1\r\n"
                      b"rule-2: matrix_update=\"polar | step\" @tiny a.b='1'  # as it was\r\n")
     assert runner.read_variations(path) == [(1, "base", []), (4, "rule-2", ["matrix_update=polar | step", "@tiny", "a.b=1"])]
+
+
+@pytest.fixture
+def asked(monkeypatch, capsys):
+    """What the trainer makes of a file of variations, as JSON, or the line in which it refuses."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def ask(lines, words, checkpoints=(), download=False):
+        lines = [runner.read_variation(number, line) for number, line in enumerate(lines, 1)]
+        asked = dict(file="v.txt", lines=lines, words=words, checkpoints=checkpoints, download=download)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(asked)))
+        try:
+            runner.examine(train_gpt)
+        except SystemExit as end:
+            return end.code
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+    return ask
+
+
+@pytest.mark.parametrize("lines, says", [
+    (["base:", "b: matrix_lrr=1"], "v.txt:2: b: 'matrix_lrr' is not a hyperparameter; the nearest is 'matrix_lr'"),
+    (["base:", "b: train_steps=9", "c: train_steps=8"], "v.txt:3: c is the same run as base: leave one out"),
+    (["base:", "b: val_tokens=128"], "v.txt:2: b has another val_tokens than the first variation: their losses"),
+    (["base:", "b: train_files=nowhere/*.bin"], "v.txt:2: b: no file nowhere/*.bin"),
+    (["base: contra.strenght=0.3"], "v.txt:1: base: ")])
+def test_variations_that_cannot_run(asked, quick, lines, says):
+    """Kills: a mistake that is found after hours, in the last variation; two lines that are one run; losses of two
+    validation sets held against each other."""
+    assert asked(lines, quick).startswith(says)
+
+
+def test_what_downloads_the_shards_of_all(asked):
+    """Kills: the shards of the first variation alone; a check of those that are to be downloaded."""
+    answer = asked(["base:", "long: train_steps=6400", "short: train_steps=100"], [], download=True)
+    assert answer["download"] == "data/cached_fineweb10B.py 34"
+
+
+def test_forks(asked, quick, place, capsys):
+    """Kills: forks of two steps or of one seed, as pairs; a source that the trainer's log does not have, so that no log is
+    found; a fork that is none. The trainer runs, from a checkpoint of 8 steps to step 10."""
+    for seed in ("0", "1"):
+        train(place, [*quick, "--seed", seed, "--checkpoint-last"])
+    train(place, [*quick, "train_steps=4", "--checkpoint-last"])
+    first, second, early = sorted(map(str, Path("logs").glob("*.checkpoint")), key=os.path.getmtime)
+    assert f"{early} is at step 4, {first} at 8, or of other" in asked(["base:"], ["train_steps=10"], [first, early])
+    assert asked(["base:"], [], [first]).startswith("v.txt:1: base: --fork-from: the last step is 8")
+    answer = asked(["base:", "low: matrix_lr=0.001"], ["train_steps=10"], [first, second])
+    assert isinstance(answer, dict), answer
+    options = runner.parse(["v.txt", "train_steps=10", "--fork-from", first, "--fork-from", second])
+    plan = runner.plan_of(options, answer, [])
+    assert plan.starts == [(0, f"step 8 of {first}"), (1, f"step 8 of {second}")]
+    with pytest.raises(ValueError, match="holds runs from step 0, these are from step 8"):
+        runner.plan_of(options, answer, [replace(plan, starts=[(0, "")])])
+    one = replace(plan, starts=plan.starts[1:], variations=plan.variations[1:])
+    runner.append("v.txt.jsonl", one)
+    for name, value in dict(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="").items():
+        os.environ.setdefault(name, value)
+    assert runner.sweep(one, "v.txt.jsonl", [sys.executable, str(ROOT / "train_gpt.py")], 4) == 0
+    (run,) = read_ledger("v.txt.jsonl").runs
+    assert (run.status, run.seed, run.step, run.overrides) == (FINISHED, 1, 10, ["train_steps=10", "matrix_lr=0.001"])
+    assert f"partial: forked from step 8 of {second}, seed 1" in Path(run.log).read_text()
+    assert Path(first).exists() and Path(second).exists() and not Path(run.log).with_suffix(".checkpoint").exists()
+
+
+def test_starts_of_a_plan():
+    """Kills: seeds of the ledger that a later command forgets, or doubles; a default that adds some to them."""
+    def starts(*words, before=()):
+        answer = dict(variations=[], forks=[])
+        return [seed for seed, _ in runner.plan_of(runner.parse(["v.txt", *words]), answer, list(before)).starts]
+    assert starts() == [0, 1, 2, 3] and starts("--seeds", "2", "--seed", "5") == [5, 6]
+    old = [Plan("", "v.txt", [(seed, "") for seed in (0, 1)], [])]
+    assert starts(before=old) == [0, 1] and starts("--seeds", "3", before=old) == [0, 1, 2]
+    assert starts("--seeds", "2", "--seed", "7", before=old) == [0, 1, 7, 8]
+
+
+@pytest.mark.parametrize("words, says", [
+    ([], "the following arguments are required"), (["@tiny"], "no file of variations"),
+    (["a", "b", "x=1"], "2 files of variations (a b): give one"), (["a", "--seeds", "0"], "--seeds is at least 1"),
+    (["a", "--fork-from", "c", "--seeds", "2"], "--fork-from: a fork has its checkpoint's seed"),
+    (["a", "--sedes", "2"], "unrecognized arguments: --sedes"), (["nowhere.txt"], "nowhere.txt: no such file")])
+def test_mistakes_on_the_command_line(words, says, place):
+    """Kills: a traceback, more than a line; a start in spite of it."""
+    with pytest.raises(SystemExit) as end:
+        runner.main(words)
+    assert end.value.code.startswith("sweep: " + says) and "\n" not in end.value.code
