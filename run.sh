@@ -2,6 +2,7 @@
 # From a bare machine to a judged log.
 #
 #   ./run.sh [NAME=VALUE ...]   set up, fetch or make the data, train, judge the log; see ./run.sh --help
+#   ./run.sh sweep FILE [...]   the same for variations of a run, one a line of FILE; see ./run.sh sweep --help
 #   ./run.sh test [...]         set up and run the tests; arguments go to pytest
 #
 # With GPUs (CUDA_VISIBLE_DEVICES is heeded): the 3175-step recipe on all of them. Without: the tiny recipe on the CPU.
@@ -25,6 +26,13 @@ else
         die "NNODES=$nodes: each machine needs its NODE_RANK, 0 to $((nodes - 1)), and as MASTER_ADDR the address of 0"
     export MASTER_PORT=${MASTER_PORT:-29500}
     meeting=(--nnodes="$nodes" --node-rank="$NODE_RANK" --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT")
+fi
+
+trainer=(train_gpt.py)
+if [ "${1-}" = sweep ]; then
+    [ "$nodes" = 1 ] || die "sweep is for one machine: unset NNODES"
+    trainer=(-m harness.sweep)
+    shift
 fi
 
 install() {  # install FILE: its pins into .venv, unless they are there
@@ -67,13 +75,14 @@ processes=$((gpus > 0 ? gpus : 1))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((processes < $(nproc) ? $(nproc) / processes : 1))}
 
 # A mistake in the arguments or the data ends in one line, here: torchrun would add a report of its own.
-case " $* " in *" --help "* | *" -h "*) exec .venv/bin/python train_gpt.py --help ;; esac
+case " $* " in *" --help "* | *" -h "*) exec .venv/bin/python "${trainer[@]}" --help ;; esac
 if [ "$gpus" != 0 ]; then
-    download=$(.venv/bin/python train_gpt.py --fineweb-shards "$@")
+    download=$(.venv/bin/python "${trainer[@]}" --fineweb-shards "$@")
     # shellcheck disable=SC2086  # two words: a program and a number
     [ -z "$download" ] || step .venv/bin/python $download
 fi
 case " $* " in *" @tiny "*) step .venv/bin/python data/local.py --encoding bytes ;; esac
+[ "${trainer[0]}" = train_gpt.py ] || exec .venv/bin/python "${trainer[@]}" --nproc_per_node="$processes" "$@"
 WORLD_SIZE=$((nodes * processes)) step .venv/bin/python -m harness.doctor -- "$@"
 case " $* " in *" --dry-run "*) exit ;; esac
 

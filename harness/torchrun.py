@@ -112,7 +112,8 @@ def judge(log: str | None, words: list[str]) -> int:
     return int(subprocess.call([sys.executable, "-m", "records", "verify", log]) not in (0, 1))
 
 
-def main(words: list[str]):
+def launch(words: list[str]) -> str | None:
+    """Run the trainer to its end and return its log, if it names one. Where it fails, this process exits."""
     for name in filter(lambda name: name.startswith("PET_"), list(os.environ)):  # torchrun's options, of another job
         del os.environ[name]
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # as nohup has it
@@ -140,8 +141,8 @@ def main(words: list[str]):
     except dist.DistError:
         sys.exit(f"run.sh: not all {options.nnodes} machines came within {TOGETHER} s, or the one of NODE_RANK=0 is "
                  "gone: start them together")
-    sys.exit(judge(heard.log, words))
+    return heard.log
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(judge(launch(sys.argv[1:]), sys.argv[1:]))

@@ -156,6 +156,15 @@ def plan(options: argparse.Namespace) -> int:
     return show(result, desk.text(result), options)
 
 
+@verb("sweep lr.txt.jsonl", argument("ledger", metavar="LEDGER", help="what ./run.sh sweep FILE wrote: FILE.jsonl"), JSON)
+def sweep(options: argparse.Namespace) -> int:
+    """which variations of a sweep are better than the first of its file? in pairs, corrected for their number"""
+    from records import sweep as desk
+    from records.ledger import read_ledger
+    result = desk.sweep(read_ledger(options.ledger))
+    return show(result, desk.text(result), options)
+
+
 @verb("plot 'logs/new-*.txt' logs/old --over 17 -o curves.png", argument("sets", nargs="+", metavar="A"), *READING,
       argument("--over", type=int, nargs="+", default=[], metavar="N", help="published results, grey behind"),
       argument("-o", metavar="FILE", dest="output", default="curves.png", help=".png or .svg (default curves.png)"))

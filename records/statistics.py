@@ -169,6 +169,15 @@ def paired(a: list[float], b: list[float]) -> Difference:
     return Difference(mean, sd / sqrt(n), n - 1)
 
 
+def holm(ps: list[float], family: int) -> list[float]:
+    """p-values adjusted for how many hypotheses were looked at (Holm 1979), of which `ps` may be a part: where those of
+    at most a are rejected, a true one is among them in at most a of cases, however they depend on each other."""
+    adjusted, largest = [1.0] * len(ps), 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        largest = adjusted[i] = max(largest, min(1.0, (family - rank) * ps[i]))
+    return adjusted
+
+
 def crossing(curve: dict[int, float], target: float) -> float | None:
     """The step at which a curve first comes down to the target, linear between evaluations; None where it does not.
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import struct
 import zipfile
 from dataclasses import fields
@@ -19,6 +20,7 @@ import train_gpt  # noqa: E402
 from harness.arguments import complain  # noqa: E402
 from harness.checkpoint import file_sha256, read_checkpoint, write_checkpoint  # noqa: E402
 from harness.shards import find_shards  # noqa: E402
+from harness.sweep import read_variations  # noqa: E402
 
 EXAMPLES = settings(max_examples=500, derandomize=True, deadline=None, database=None,
                     suppress_health_check=list(HealthCheck))
@@ -189,3 +191,31 @@ def test_manifests(checkpoint, manifest):
     (folder / "manifest.json").write_bytes(manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode())
     assert (refusal(read_checkpoint, folder) is None) == (manifest == dict(file="a.pt", bytes=len(raw),
                                                                            sha256=right["SHA256"]))
+
+
+# ---- files of variations ----
+
+word = st.text(st.characters(categories=("L", "N", "P", "S"), include_characters=" "), max_size=8)
+variations = st.lists(st.tuples(st.from_regex(r"[\w.+-]+", fullmatch=True), st.lists(word.map("x={}".format), max_size=3)),
+                      min_size=1, max_size=4, unique_by=lambda line: line[0])
+
+
+@settings(EXAMPLES, max_examples=150)
+@given(lines=variations, comments=st.lists(st.sampled_from(["", " ", "# a: b=1"]), max_size=3))
+def test_variations_are_read_as_a_shell_would(tmp_path, lines, comments):
+    """Kills: a word that is cut at a space, a quotation mark or a #; a line or a name that is lost."""
+    text = [*comments, *(f"{name}: {shlex.join(words)}  # {name}" for name, words in lines)]
+    (tmp_path / "v").write_text("\n".join(text), encoding="utf-8")
+    assert read_variations(tmp_path / "v") == [(len(comments) + k, *line) for k, line in enumerate(lines, 1)]
+
+
+@settings(EXAMPLES, max_examples=150)
+@given(raw=st.one_of(st.binary(max_size=60), st.text(st.sampled_from("ab=: '\"\\\n#@-\0é"), max_size=60).map(str.encode)))
+def test_any_file_of_variations_is_read_or_refused(tmp_path, raw):
+    """Kills: a traceback; a refusal that does not name the file; a variation without a name, or two of one name."""
+    (tmp_path / "v").write_bytes(raw)
+    found = []
+    line = refusal(lambda: found.extend(read_variations(tmp_path / "v")))
+    assert line and not found and str(tmp_path / "v") in line or len({each.name for each in found}) == len(found) > 0
+    assert all(other.number > each.number > 0 for each, other in zip(found, found[1:]))
+    assert all("=" in word or word[0] == "@" for each in found for word in each.words)

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 import train_gpt
+from harness import sweep
 from harness.arguments import parse
 from records.__main__ import parser
 from studies import parity
@@ -24,7 +25,9 @@ def commands(start: str) -> list[list[str]]:
 
 def test_commands_of_the_readme_are_understood():
     """Kills: a hyperparameter, recipe, option or verb in the README that is no longer there."""
-    runs = [words for words in commands("./run.sh") if words != ["test"]]
+    runs = [words for words in commands("./run.sh") if words[:1] not in (["test"], ["sweep"])]
+    for words in commands("./run.sh sweep"):
+        train_gpt.override(sweep.parse(words).words)
     runs += [words[words.index("train_gpt.py") + 1:] for words in commands("torchrun") if "train_gpt.py" in words]
     assert len(runs) >= 5
     for words in runs:
@@ -96,6 +99,31 @@ def test_run_sh_with_gpus(tmp_path):
         "python data/cached_fineweb100B.py 17 WORLD_SIZE=",
         "python -m harness.doctor -- matrix_lr=0.9 --seed 3 WORLD_SIZE=8",
         "python -m harness.torchrun --standalone --nproc_per_node=8 train_gpt.py matrix_lr=0.9 --seed 3 WORLD_SIZE="]
+
+
+def test_run_sh_sweeps(tmp_path):
+    """Kills: a sweep without data, or on fewer processes than there are GPUs; a doctor that is asked about the file of
+    variations; a sweep that each of several machines makes; a @tiny that is lost where there is no GPU."""
+    (tmp_path / "run.sh").write_text((ROOT / "run.sh").read_text())
+    (tmp_path / "requirements.txt").write_text("pins\n")
+    for name in (".venv/bin/pip", ".venv/bin/python"):
+        stub = tmp_path / name
+        stub.parent.mkdir(parents=True, exist_ok=True)
+        stub.write_text('#!/bin/sh\ncase "$*" in *find_gpus*|*device_count*) echo $GPUS; exit;; esac\n'
+                        'case "$*" in *--fineweb-shards*) echo data/cached_fineweb10B.py 17;; esac\necho "$*" >> calls\n')
+        stub.chmod(0o755)
+    (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")
+
+    def calls(code=0, **environment):
+        (tmp_path / "calls").write_text("")
+        run = subprocess.run(["bash", "run.sh", "sweep", "lr.txt", "--seeds", "2"], cwd=tmp_path, text=True,
+                             capture_output=True, env={"PATH": "/usr/bin:/bin"} | environment)
+        assert run.returncode == code, run.stderr
+        return (tmp_path / "calls").read_text().splitlines() or run.stderr
+    assert calls(GPUS="8") == ["-m harness.sweep --fineweb-shards lr.txt --seeds 2", "data/cached_fineweb10B.py 17",
+                               "-m harness.sweep --nproc_per_node=8 lr.txt --seeds 2"]
+    assert calls(GPUS="0") == ["data/local.py --encoding bytes", "-m harness.sweep --nproc_per_node=1 @tiny lr.txt --seeds 2"]
+    assert calls(1, GPUS="8", NNODES="2", NODE_RANK="0", MASTER_ADDR="a").startswith("run.sh: sweep is for one machine")
 
 
 def test_run_sh_stops_where_the_doctor_finds_an_end(tmp_path):

@@ -1,7 +1,9 @@
 """Damaged logs: 10,000 of them, with a fixed seed; and large ones. Every test was seen to fail."""
 
 import gzip
+import itertools
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -17,8 +19,10 @@ from test_records import MACHINE, OURS, RULE, curve, write  # noqa: E402
 
 from records import neurons  # noqa: E402
 from records.__main__ import main  # noqa: E402
+from records.ledger import read_ledger  # noqa: E402
 from records.log import interpret  # noqa: E402
 from records.sample import from_logs  # noqa: E402
+from records import sweep  # noqa: E402
 from records.verify import markdown, text, verify  # noqa: E402
 
 CURVES = [{0: 10.82584, 3000: 3.30123, 3175: 3.28345, 3200: 3.27951},
@@ -148,3 +152,32 @@ def test_a_bomb_among_the_neurons(tmp_path, monkeypatch, capsys):
         assert " 1 MiB" in capsys.readouterr().err
     path.write_bytes(whole)
     assert main(["neurons", str(path)]) == 2 and "no whole record" in capsys.readouterr().err
+
+
+DIFFERENCES = [0.0010, -0.0012, 0.0003, -0.0004]  # by no two of them, nor all, is a difference shown
+RUN = dict(line="run", name="b", overrides=["x=1"], source_sha256="of b", metric="val_loss", seed=0, fork="",
+           status="finished", why="", log="logs/a.txt", step=3200, loss=3.28, device="a GPU", world=8, seconds=504.2, time="")
+LEDGER = "".join(json.dumps(line) + "\n" for line in [
+    dict(line="plan", time="", file="v.txt", starts=[[seed, ""] for seed in range(4)], variations=[
+        dict(name=name, overrides=[], source_sha256=f"of {name}", metric="val_loss", last_step=3200) for name in "ab"]),
+    *(RUN | dict(name=name, source_sha256=f"of {name}", seed=seed, loss=3.28 + difference * (name == "b"))
+      for seed, difference in enumerate(DIFFERENCES) for name in "ab")]).encode()
+
+
+@settings(EXAMPLES, max_examples=300)
+@given(operations=damage)
+def test_a_damaged_ledger_invents_nothing(tmp_path, capsys, operations):
+    """Kills: a traceback; a line that is not named; a loss that was cut off; a run that counts twice, or in a pair with
+    another seed's; a verdict that the whole ledger does not give."""
+    path = tmp_path / "v.txt.jsonl"
+    path.write_bytes(damaged(LEDGER, operations))
+    code = main(["sweep", str(path), "--json"])
+    out, err = capsys.readouterr()
+    if code == 2:
+        assert re.match(rf"(skipped: {path}:\d+: .*\n)?records: {path}(:\d+:| holds no plan).*\n$", err)
+        return
+    result = json.loads(out)
+    assert not result["verdict"] and all(row["outcome"] in (None, "open") for row in result["variations"])
+    differences = {sum(chosen) / n for n in range(1, 5) for chosen in itertools.combinations(DIFFERENCES, n)}
+    assert all(row["difference"] is None or any(row["difference"] == pytest.approx(x) for x in {0, *differences})
+               for row in result["variations"])
