@@ -197,6 +197,25 @@ def neurons(options: argparse.Namespace) -> int:
     return 0
 
 
+@verb("submit logs/RUN.txt --name my_rule --base 46_rowfloor_cwd", LOGS,
+      argument("--name", required=True, metavar="NAME", help="the folder is DATE_NAME"),
+      argument("-o", metavar="FOLDER", dest="place", default=".", help="where to make it (default: here)"),
+      argument("--base", metavar="BASE", help="what to show the difference to: a recipe, a log or a .py file (default: "
+               "the recipe that differs in the fewest knobs)"),
+      argument("--against", type=int, metavar="N", help="for the pairwise rule (default: the published record)"),
+      argument("--tuning-seeds", type=int, nargs="+", default=[], metavar="S", help="seeds that constants were tuned "
+               "with: their runs are listed and do not count"),
+      argument("--hardware", metavar="WHY", help="count runs on several devices, and say why"),
+      argument("--ledger", nargs="+", default=[], metavar="FILE", help="of sweeps: all their runs of the program count"))
+def submit(options: argparse.Namespace) -> int:
+    """the folder of a result for upstream: all runs of a program, README, figures, row; code 1 where none passes"""
+    from records import submit as desk
+    result, folder = desk.submit(options.logs, options.name, options.place, options.base, options.against,
+                                 options.tuning_seeds, options.hardware, options.ledger)
+    print(desk.text(result, folder))
+    return 0 if folder else 1
+
+
 @verb("extract logs/RUN.txt -o train.py", argument("log", metavar="LOG"),
       argument("-o", metavar="FILE", dest="output", help="write it to a new file"))
 def extract(options: argparse.Namespace) -> int:

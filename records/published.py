@@ -9,9 +9,6 @@ from typing import NamedTuple
 from records.statistics import Moments, t_quantile
 
 FOLDER = Path(__file__).resolve().parent / "published"
-METRICS = {46: "val_ema_loss"}  # what a result claims; the others claim val_loss
-
-
 class Result(NamedTuple):
     """A row of upstream's table."""
 
@@ -23,6 +20,7 @@ class Result(NamedTuple):
     date: str
     pull_request: str
     summary: str
+    metric: str  # which of its losses it claims
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -35,7 +33,7 @@ def results() -> dict[int, Result]:
     return {
         int(row["record"]): Result(int(row["record"]), int(row["steps_to_3.28"]), float(row["mean_val_loss"]),
                                    int(row["n"]), row["world_record"] == "1", row["date"], row["pull_request"],
-                                   row["summary"])
+                                   row["summary"], row["metric"])
         for row in rows("track3_records.csv")
     }
 
@@ -44,6 +42,11 @@ def result(record: int) -> Result:
     if record not in results():
         raise ValueError(f"there is no published result {record}: they are 1 to {max(results())}")
     return results()[record]
+
+
+def record() -> Result:
+    """The merged one of the fewest steps."""
+    return min((row for row in results().values() if row.world_record), key=lambda row: row.step)
 
 
 def moments(record: int) -> tuple[int, dict[int, Moments]]:
@@ -68,7 +71,7 @@ def moments(record: int) -> tuple[int, dict[int, Moments]]:
 def curves(record: int, metric: str | None = None) -> dict[int, dict[int, float]]:
     """Every run's own curve of the metric, by default the claimed one, where it was published; by the run's place in
     the folder, or its seed."""
-    name, metric = f"record_{record:02}_curves.csv", metric or METRICS.get(record, "val_loss")
+    name, metric = f"record_{record:02}_curves.csv", metric or result(record).metric
     runs: dict[int, dict[int, float]] = {}
     if (FOLDER / name).exists():
         for row in rows(name):
