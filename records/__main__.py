@@ -188,6 +188,15 @@ def list_(options: argparse.Namespace) -> int:
     return show(result, leaderboard.text(result), options)
 
 
+@verb("leaderboard modded-nanogpt/records/track_3_optimization/README.md",
+      argument("file", metavar="README.md", help="of a checkout of upstream, whose results/ are beside it"), JSON)
+def leaderboard(options: argparse.Namespace) -> int:
+    """bring the published figures up to a newer table of upstream's; code 1 where a row of it cannot be read"""
+    from records import upstream as desk
+    result = desk.update(options.file)
+    return show(result, desk.text(result), options)
+
+
 @verb("neurons logs/RUN.txt -o neurons.png", argument("log", metavar="LOG"),
       argument("-o", metavar="FILE.png", dest="output", help="draw it: over time, and layer by layer"))
 def neurons(options: argparse.Namespace) -> int:

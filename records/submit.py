@@ -49,7 +49,7 @@ def submit(names: list[str], name: str, place: str, base: str | None, against: i
     not one sample; `hardware` is a person's word on runs on several devices.
     """
     folder = free_folder(place, name)
-    record = published.result(against) if against is not None else published.record()
+    record = published.result(against) if against is not None else published.best()
     named = load(names)
     if why := mixture(named, []):
         raise ValueError(f"{why}: a submission is of one program")
@@ -238,7 +238,7 @@ def describe(folder: str, sample: Sample, result: dict, counted: list[Log], left
         f"## Run it again\n\n{commands(folder, counted[0], sample)}",
         f"## Who made this\n\n{BLANK} (author)\n\n{BLANK} (which AI took part, and in what; or that none did)\n\n"
         f"{BLANK} (whose work this builds on, by pull request)",
-        row_for_upstream(folder, sample, counted[0], record, versus),
+        row_for_upstream(folder, sample, counted, record, versus),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -262,7 +262,8 @@ def summary(sample: Sample, result: dict, record: Result, versus: Pairwise | Non
         lines.append(
             f"Against result #{record.record} ({record.step} steps, {record.mean:.4f}{metric}, n={record.n}) by the "
             f"pairwise rule, with {SCHEDULE_RATE} nats per 100 steps: {versus.statistic:.5f}, p = {versus.p:.2g}, "
-            + ("so it is better." if versus.passes else f"which is not shown to be better: that would take {THRESHOLD}."))
+            + (f"at least {THRESHOLD}, so it is better." if versus.passes else
+               f"less than {THRESHOLD}, so it is not shown to be better."))
     if hardware:
         lines.append(f"Mixed hardware: {hardware}")
     return "\n\n".join(lines)
@@ -301,8 +302,10 @@ def difference(log: Log, base: str | None) -> str:
     if base is None and "matrix_update" not in fields:
         return f"## Against its base\n\n{BLANK} (`--base LOG` of `python -m records submit` writes the difference)"
     base = base or min(recipes(), key=lambda name: distance(read_recipe(RECORDS / name / "recipe"), fields))
-    result = diff.diff(base, log.path)
-    return f"## Against {Path(base).name}\n\n{fenced(diff.text(result | {'a': Path(base).name, 'b': 'this program'}))}"
+    shown = fenced(diff.text(diff.diff(base, log.path) | {"a": Path(base).name, "b": "this program"}))
+    if shown.count("\n") > 60:
+        shown = f"<details>\n<summary>the difference, line by line</summary>\n\n{shown}\n\n</details>"
+    return f"## Against {Path(base).name}\n\n{shown}"
 
 
 def distance(a: dict[str, str], b: dict[str, str]) -> int:
@@ -358,15 +361,21 @@ def commands(folder: str, log: Log, sample: Sample) -> str:
                   f"records/track_3_optimization/results/{folder}/train_gpt.py{seed}") + said
 
 
-def row_for_upstream(folder: str, sample: Sample, log: Log, record: Result, versus: Pairwise | None) -> str:
-    """In the form that upstream's make_figures.py reads. What it draws is the mean of `val_loss` over every .txt of
-    the folder, which is said where that is not the claim."""
+def row_for_upstream(folder: str, sample: Sample, logs: list[Log], record: Result, versus: Pairwise | None) -> str:
+    """In the form that upstream's make_figures.py reads. What that draws is the mean of `val_loss` over all runs in the
+    folder, which is said where it is not the claim."""
     claim = sample.claim()
     if versus is None:
         return f"## Row\n\nNone: upstream's table is of the target {UPSTREAM_TARGET:g}, this one is {sample.target:g}."
     note = "" if versus.passes else f" (note: p-value vs. #{record.record} is p={versus.p:.2g})"
-    cells = [max(published.results()) + 1, f"{claim.step}{'(!)' * (claim.step < published.record().step)}",
+    cells = [max(published.results()) + 1, f"{claim.step}{'(!)' * (claim.step < published.best().step)}",
              f"{claim.mean:.4f} (n={claim.n})✓", f"{BLANK}{note}", f"{date.today():%Y/%m/%d}",
-             f"[log](results/{folder}/{log_name(log)})",
+             f"[log](results/{folder}/{log_name(logs[0])})",
              f"[PR]({UPSTREAM}/pull/{BLANK}) by [@{BLANK}](https://github.com/{BLANK})"]
-    return f"## Row\n\n{fenced(verify.markdown_table([cells]))}"
+    drawn = [trial.losses[claim.step] for log in logs for trial in read(log.path, "val_loss").trials
+             if claim.step in trial.losses]
+    mean = f"{Moments.of(drawn).mean:.5f} (n={len(drawn)})" if drawn else "nothing"
+    said = "" if mean == f"{claim.mean:.5f} (n={claim.n})" else (
+        f"\n\nUpstream's make_figures.py reads the `val_loss` of all runs in these logs: at step {claim.step} it draws "
+        f"{mean}, which is not the claim.")
+    return f"## Row\n\n{fenced(verify.markdown_table([cells]))}{said}"
