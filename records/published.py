@@ -52,7 +52,7 @@ def best() -> Result:
 def moments(record: int) -> tuple[int, dict[int, Moments]]:
     """Length of the schedule, and n, mean and deviation by step.
 
-    Of #19 and #23, which publish two configurations, the one with the claimed number of runs at the claimed step.
+    Of #23, which publishes two configurations, the one with the claimed number of runs at the claimed step.
     """
     found: dict[int, dict[int, Moments]] = {}
     for row in rows("track3_curves.csv"):
