@@ -21,7 +21,7 @@ from records.plot import plot_apart
 from records.program import UPSTREAM_TARGET, parse, recipe, stages
 from records.published import Result
 from records.recipes import RECORDS, meaning, read_recipe, recipes, values
-from records.sample import Sample, from_logs, from_published, mixture, progress
+from records.sample import Sample, from_logs, from_published, mixture, progress, usable
 from records.statistics import SCHEDULE_RATE, THRESHOLD, Claim, Moments, Pairwise, judge, pairwise
 
 BLANK = "____"  # what a person is to fill in
@@ -64,13 +64,13 @@ def submit(names: list[str], name: str, place: str, base: str | None, against: i
     if not result["verdict"]:
         return result, None
     left_out = leave_out(sample, logs, why, known, tuning)
-    counted = [log for log in logs if any(trial is used for trial in log.trials for used in sample.used)]
+    counted = [log for log in logs if any(among(trial, sample.used) for trial in log.trials)]
     readme = describe(folder.name, sample, result, counted, left_out, base, record, hardware)
     old = from_published(record.record, sample.metric)
 
     def write(folder: Path) -> None:
         copy(counted, folder)
-        (folder / "train_gpt.py").write_bytes(sample.source)
+        (folder / "train_gpt.py").write_bytes(counted[0].source)
         (folder / "README.md").write_text(readme, encoding="utf-8")
         plot_apart([sample], [old] * ((old.metric, old.target) == (sample.metric, sample.target)), folder)
         if rest := [log for log in logs if log not in counted]:
@@ -119,7 +119,7 @@ def same_program(logs: list[Log], paths: list[str]) -> list[Log]:
 def reasons(logs: list[Log], devices: set[str], tuning: list[int]) -> dict[str, str]:
     """{name of a trial: why it does not count, whatever became of it}."""
     why, first = {}, {}
-    results = from_logs("", logs)
+    results = usable([trial for log in logs for trial in log.trials])
     for log in sorted(logs, key=lambda log: Path(log.path).name):
         for trial in log.trials:
             if "partial" in log.facts:
@@ -128,15 +128,16 @@ def reasons(logs: list[Log], devices: set[str], tuning: list[int]) -> dict[str, 
                 why[trial.name] = "its seed was used for tuning"
             elif trial.device not in devices:
                 why[trial.name] = f"ran on {trial.device}"
-            elif trial.seed is not None and is_result(trial, results):
+            elif trial.seed is not None and (trial.diverged or among(trial, results)):
                 earlier = first.setdefault(trial.seed, trial)
                 if earlier is not trial:
                     why[trial.name] = f"its seed has counted, in {Path(earlier.name).name}"
     return why
 
 
-def is_result(trial: Trial, sample: Sample) -> bool:
-    return trial.diverged or any(trial is used for used in sample.used)
+def among(trial: Trial, trials: list[Trial]) -> bool:
+    """Whether it is one of them: two runs without losses are equal, and yet two."""
+    return any(trial is other for other in trials)
 
 
 def without(logs: list[Log], why: dict[str, str]) -> list[Log]:
@@ -150,11 +151,14 @@ def without(logs: list[Log], why: dict[str, str]) -> list[Log]:
 
 def leave_out(sample: Sample, logs: list[Log], why: dict[str, str], known: list[tuple[str, Run]],
               tuning: list[int]) -> list[LeftOut]:
-    """Every run of the program that the mean of the sample leaves out. ValueError where a ledger has one that it
-    should not leave out, without its log."""
-    runs = [LeftOut(Path(trial.name).name, trial.seed, trial.losses.get(sample.earliest()),
-                    why.get(trial.name) or trial.fault or progress(trial))
-            for log in logs for trial in log.trials if not any(trial is used for used in sample.used)]
+    """Every run of the program that the mean at the claimed step leaves out. ValueError where a ledger has one that it
+    should not leave out, and the log is gone."""
+    step, runs = sample.earliest(), []
+    for trial in (trial for log in logs for trial in log.trials):
+        if not among(trial, sample.used) or step not in trial.losses:
+            ended = trial.fault or (progress(trial) if step not in trial.losses else None)
+            runs.append(LeftOut(Path(trial.name).name, trial.seed, trial.losses.get(step),
+                                "; ".join(filter(None, [why.get(trial.name), ended])) or progress(trial)))
     here = {(Path(log.path).name, trial.seed) for log in logs for trial in log.trials}
     for path, run in known:
         if (Path(run.log).name, run.seed) in here:
@@ -165,8 +169,8 @@ def leave_out(sample: Sample, logs: list[Log], why: dict[str, str], known: list[
         elif run.seed in tuning:
             reason = "its seed was used for tuning"
         elif run.status == FINISHED:
-            raise ValueError(f"{path}: seed {run.seed} is finished, and its log {run.log} is not here: a mean leaves out "
-                             "no run; if constants were tuned with that seed, --tuning-seeds says so")
+            raise ValueError(f"{path}: seed {run.seed} is finished, and its log {run.log} is not here: no run is left out; "
+                             "if constants were tuned with that seed, --tuning-seeds says so")
         runs.append(LeftOut(Path(run.log).name, run.seed, None, reason))
     for seed in tuning:
         if seed not in {run.seed for run in runs}:
@@ -225,13 +229,13 @@ def describe(folder: str, sample: Sample, result: dict, counted: list[Log], left
     parts = [
         f"# {sample.name}: {claim.step} steps to {sample.target:g}",
         f"## TL;DR\n\n{BLANK} (in a sentence: what is new)",
-        summary(sample, result, record, versus, hardware),
+        summary(sample, record, versus, hardware),
         "![the whole run](figure.png)\n\n![at the target](zoomed_figure.png)",
-        f"## The rule\n\n{rules_of(sample.source)}",
+        f"## The rule\n\n{rules_of(counted[0].source)}",
         difference(counted[0], base),
         f"## Runs\n\n{verify.table_by_seed(result, [run for run in result['runs'] if run['used']])}",
         list_left_out(sample, left_out),
-        f"{BLANK} (how many runs were planned before the first was looked at, and with which seeds constants were tuned)",
+        f"{BLANK} (how many runs were planned before the first was looked at; with which seeds constants were tuned)",
         f"## What the rules fix\n\nBy `python -m records lint`, from the source alone:\n\n"
         f"{fenced(lint.text(lint.lint(counted[0].path, None)))}",
         f"## Hardware\n\n{hardware_of(sample, result, counted, hardware)}",
@@ -249,13 +253,11 @@ def fenced(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
-def summary(sample: Sample, result: dict, record: Result, versus: Pairwise | None,
-            hardware: str | None) -> str:
+def summary(sample: Sample, record: Result, versus: Pairwise | None, hardware: str | None) -> str:
     claim = sample.claim()
     at = judge(sample.moments[claim.step], sample.target)
     lines = [f"Step {claim.step}: mean `{sample.metric}` {at.mean:.6f}, n={at.n}; ({sample.target:g} - mean) sqrt(n) = "
-             f"{at.statistic:.5f} >= {THRESHOLD}: **PASS**. This is the earliest step at which all runs were evaluated "
-             "and their mean passes; no run was ended by its losses.",
+             f"{at.statistic:.5f} >= {THRESHOLD}: **PASS**. It is the earliest evaluated step at which the mean passes.",
              *(f"**{remark}**" for remark in sample.remarks)]
     if versus:
         metric = f" of `{record.metric}`" * (record.metric != sample.metric)
@@ -327,8 +329,8 @@ def list_left_out(sample: Sample, runs: list[LeftOut]) -> str:
     lines = [f"{n} runs count; {len(runs)} more of this program are known:", verify.markdown_table(rows)]
     if told:
         at = judge(Moments.of(known + told), sample.target)
-        lines.append(f"With the {len(told)} of them that came to step {sample.earliest()}: mean {at.mean:.6f}, n={at.n}, "
-                     f"statistic {at.statistic:.5f}: {'PASS' if at.passes else 'FAIL'}.")
+        lines.append(f"With the {len(told)} of them that came to step {sample.earliest()}: mean {at.mean:.6f}, "
+                     f"n={at.n}, statistic {at.statistic:.5f}: {'PASS' if at.passes else 'FAIL'}.")
     return "\n\n".join(lines)
 
 
@@ -369,7 +371,7 @@ def row_for_upstream(folder: str, sample: Sample, logs: list[Log], record: Resul
         return f"## Row\n\nNone: upstream's table is of the target {UPSTREAM_TARGET:g}, this one is {sample.target:g}."
     note = "" if versus.passes else f" (note: p-value vs. #{record.record} is p={versus.p:.2g})"
     cells = [max(published.results()) + 1, f"{claim.step}{'(!)' * (claim.step < published.best().step)}",
-             f"{claim.mean:.4f} (n={claim.n})✓", f"{BLANK}{note}", f"{date.today():%Y/%m/%d}",
+             f"{claim.mean:.4f} (n={claim.n})✓", f"{BLANK}{note}", f"{folder[:4]}/{folder[4:6]}/{folder[6:8]}",
              f"[log](results/{folder}/{log_name(logs[0])})",
              f"[PR]({UPSTREAM}/pull/{BLANK}) by [@{BLANK}](https://github.com/{BLANK})"]
     drawn = [trial.losses[claim.step] for log in logs for trial in read(log.path, "val_loss").trials

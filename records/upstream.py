@@ -86,8 +86,8 @@ def text(result: dict) -> str:
     if any(change.startswith("new:") for change in result["changes"]):
         lines.append(f"the words on new results are upstream's: put your own into {published.FOLDER / TABLE}")
     files = ", ".join(result["files"])
-    return "\n".join([*lines, f"written to {published.FOLDER}: {files}; its README.md names the commit of what was there"
-                      if files else "nothing has changed"])
+    said = f"written to {published.FOLDER}: {files}; its README.md names the commit of what was there before"
+    return "\n".join([*lines, said if files else "nothing has changed"])
 
 
 def say(row: Result) -> str:
@@ -245,8 +245,8 @@ def moments_of(read_anew: dict[int, Figures | None]) -> str:
     for record, figures in read_anew.items():
         for step, at in figures.moments().items() if figures else ():
             losses = [trial.losses[step] for trial in figures.trials if step in trial.losses]
-            sd = "" if at.sd is None else f"{at.sd:.5f}"
-            lines.append(f"{record},{figures.train_steps},{step},{at.n},{at.mean:.5f},{sd},{min(losses)},{max(losses)}\r\n")
+            sd, ends = "" if at.sd is None else f"{at.sd:.5f}", f"{min(losses)},{max(losses)}"
+            lines.append(f"{record},{figures.train_steps},{step},{at.n},{at.mean:.5f},{sd},{ends}\r\n")
     return "".join([head, *sorted(lines, key=lambda line: int(line.split(",")[0]))])
 
 
@@ -256,4 +256,5 @@ def curves_of(figures: Figures) -> str:
     if None in seeds or len(set(seeds)) < len(seeds):
         seeds = range(1, len(seeds) + 1)
     return f"seed,step,{figures.metric}\n" + "".join(
-        f"{seed},{step},{loss:.5f}\n" for seed, trial in zip(seeds, figures.trials) for step, loss in trial.losses.items())
+        f"{seed},{step},{loss:.5f}\n"
+        for seed, trial in zip(seeds, figures.trials) for step, loss in trial.losses.items())

@@ -91,7 +91,8 @@ def test_a_row_is_added(checkout, capsys):
                                 f"step:{step}/3200 val_loss:{loss + 0.01:.5f} val_ema_loss:{loss:.5f}")
         path.write_text(text)
     (folder / "copy.txt").write_text((folder / "0.txt").read_text())
-    (folder / "A40.txt").write_text((folder / "0.txt").read_text().replace("on H100", "on A40").replace("3.271", "3.299"))
+    a40 = (folder / "0.txt").read_text().replace("on H100", "on A40").replace("3.271", "3.299")
+    (folder / "A40.txt").write_text(a40)
     (folder / "nan.txt").write_text((folder / "1.txt").read_text().replace("3.27200", "nan"))
     (folder / "README.md").write_text("what it is")
     (folder / "stdout.txt").write_text("step:200/3200 val_loss:3.0 train_time:1s\n")
@@ -132,7 +133,7 @@ def test_a_claim_that_its_logs_do_not_have(checkout, capsys):
 
 
 def test_a_row_is_gone(checkout, capsys):
-    """Kills: a withdrawn result that is still listed, or whose curves stay; a wrong file that takes all of them away."""
+    """Kills: a withdrawn result that is still listed, or whose curves stay; a wrong file that takes all away."""
     row = next(line for line in checkout.read_text().splitlines(keepends=True) if line.startswith("| 2 |"))
     edit(checkout, row, "")
     status, out, _, changed = leaderboard(capsys, checkout)
@@ -147,9 +148,11 @@ def test_a_row_is_gone(checkout, capsys):
 
 @pytest.mark.parametrize("bad, said", [
     ("| 4 | 200 | 3.2750 (n=2) | text |\n", "4 cells"), (table_row(4, steps="soon"), "no step in 'soon'"),
-    (table_row(4, evidence="good"), "no mean (n=...) in 'good'"), (table_row(4, day="2026/13/01"), "month must be in 1..12"),
+    (table_row(4, evidence="good"), "no mean (n=...) in 'good'"),
+    (table_row(4, day="2026/13/01"), "month must be in 1..12"),
     (table_row(4, day="May"), "no date YYYY/MM/DD"), (table_row(4, link="none"), "no [log](results/...)"),
-    (table_row(4, link="[log](results/../../etc/a.txt)"), "is not below results/"), (table_row(4) * 2, "is there twice"),
+    (table_row(4, link="[log](results/../../etc/a.txt)"), "is not below results/"),
+    (table_row(4) * 2, "is there twice"),
     (table_row(4), "no log of it"), (table_row(2), "number 2 is there twice")])
 def test_a_malformed_row(checkout, capsys, bad, said):
     """Kills: a traceback; a row that cannot be read taken in part, or one that is known taken to be gone; the others

@@ -1,4 +1,4 @@
-"""submit: from logs to the folder of a result. Every test was seen to fail with the mistakes that its docstring names."""
+"""submit: from logs to the folder of a result. Every test was seen to fail."""
 
 import hashlib
 import json
@@ -77,7 +77,9 @@ def test_a_whole_attempt(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     logs = attempt(tmp_path / "logs", range(7))
     Path(logs[6]).write_text(Path(logs[6]).read_text().split("step:2000/")[0])
-    tuned = write(tmp_path / "logs" / "tuned.txt", "seed: 9\n", CURVES[9], source=PROGRAM)
+    write(tmp_path / "logs" / "early.txt", "seed: 8\n", {s: loss for s, loss in CURVES[8].items() if s <= 3000},
+          source=PROGRAM)  # of nine tenths: it counts, though not at the claimed step
+    write(tmp_path / "logs" / "tuned.txt", "seed: 9\n", CURVES[9], source=PROGRAM)
     write(tmp_path / "logs" / "other.txt", "seed: 0\n", CURVES[10], source=PROGRAM.replace("0.5", "0.6"))
     (tmp_path / "logs" / "notes.txt").write_text("not a log")
     ledger = tmp_path / "sweep.jsonl"
@@ -86,8 +88,8 @@ def test_a_whole_attempt(tmp_path, capsys):
     place = tmp_path / "results"
     place.mkdir()
     status, out, err, folder = submit(capsys, place, logs[0], "--tuning-seeds", "9", "--ledger", str(ledger))
-    assert status == 0 and err.count("ran the same program: ") == 7
-    names = {f"run-{seed}.txt" for seed in range(6)}
+    assert status == 0 and err.count("ran the same program: ") == 8
+    names = {f"run-{seed}.txt" for seed in range(6)} | {"early.txt"}
     assert {path.name for path in folder.glob("*.txt")} == names
     assert {path.name for path in (folder / "not_counted").iterdir()} == {"run-6.txt", "tuned.txt"}
     assert all((folder / name).read_bytes() == (tmp_path / "logs" / name).read_bytes() for name in names)
@@ -99,6 +101,7 @@ def test_a_whole_attempt(tmp_path, capsys):
     assert f"Step 3150: mean `val_loss` {mean:.6f}, n=6" in readme and "**PASS**" in readme
     assert f"| seed 5 | {CURVES[5][3125]:.5f} | {CURVES[5][3150]:.5f} |" in readme
     assert "| run-6.txt | 6 | - | stopped at step 1875 of 3200 |" in readme
+    assert "6 runs count; 5 more" in readme and "| early.txt | 8 | - | stopped at step 3000 of 3200 |" in readme
     assert f"| tuned.txt | 9 | {CURVES[9][3150]:.5f} | its seed was used for tuning |" in readme
     assert r"| - | 11 | - | crashed: out \| of memory |" in readme and "| - | 12 | - | a fork of step 8" in readme
     assert "| 13 |" not in readme and readme.count("run-1.txt") == 0
@@ -113,8 +116,9 @@ def test_a_whole_attempt(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words, said", [
-    (["LOGS", "OTHER"], "2 different programs"), (["LOGS", "A40"], "--hardware 'WHY'"),
-    (["LOGS", "--tuning-seeds", "7"], "--tuning-seeds 7: no run"), (["LOG", "--tuning-seeds", *"012345"], "no run is left"),
+    (["LOGS", "OTHER", "--tuning-seeds", "7"], "2 different programs"), (["LOGS", "A40"], "--hardware 'WHY'"),
+    (["LOGS", "--tuning-seeds", "7"], "--tuning-seeds 7: no run"),
+    (["LOG", "--tuning-seeds", *"012345"], "no run is left"),
     (["LOGS", "--ledger", "LEDGER"], "seed 8 is finished, and its log logs/gone.txt is not here"),
     (["LOGS", "--ledger", "LOG"], "no line of a ledger"), (["LOGS", "--against", "99"], "no published result 99"),
     (["LOGS", "--base", "@nothing"], "no recipe of that name"), (["NOTES"], "no log"), (["LOGS", "SAME"], "two logs"),
@@ -129,7 +133,7 @@ def test_what_reviewers_refuse(tmp_path, capsys, drawn, words, said):
                                                             log="logs/gone.txt"))
     files = {"LOGS": str(tmp_path / "logs"), "LOG": logs[0], "LEDGER": str(ledger), "NOWHERE": str(tmp_path / "no"),
              "NOTES": str(tmp_path / "notes.txt"),
-             "OTHER": write(other / "x.txt", CURVES[7], source=UPSTREAM),
+             "OTHER": write(other / "x.txt", "seed: 7\n", CURVES[7], source=UPSTREAM),
              "A40": attempt(tmp_path / "a40", [7], machine="A40")[0],
              "SAME": write(other / "run-0.txt", "seed: 6\n", CURVES[6], source=PROGRAM)}
     (tmp_path / "notes.txt").write_text("no log")
@@ -148,7 +152,8 @@ def test_no_record_no_folder(tmp_path, capsys, drawn):
     status, out, _, _ = submit(capsys, place, logs[1])
     assert status == 1 and "1 of 6 runs diverged" in out and "no folder is made" in out
     for path in logs:
-        Path(path).write_text(Path(path).read_text().replace("val_loss:3.2", "val_loss:3.3").replace("failed:", "note:"))
+        text = Path(path).read_text().replace("val_loss:3.2", "val_loss:3.3").replace("failed:", "note:")
+        Path(path).write_text(text)
     status, out, _, _ = submit(capsys, place, *logs)
     assert status == 1 and "FAIL: no step passes" in out
 
@@ -209,7 +214,7 @@ def test_what_upstream_would_draw(tmp_path, capsys, drawn):
 
 
 def test_damaged_attempts(tmp_path, capsys, drawn):
-    """Kills: a traceback; a folder whose logs, as upstream reads them, do not pass the rule that README says they do."""
+    """Kills: a traceback; a folder whose logs, as upstream reads them, do not pass the rule as README says they do."""
     draw, place, made = random.Random(0), tmp_path / "results", 0
     place.mkdir()
     for k in range(25):
@@ -218,7 +223,8 @@ def test_damaged_attempts(tmp_path, capsys, drawn):
             lines = path.read_text().splitlines(keepends=True)
             for _ in range(draw.choice((0, 0, 1, 2))):
                 at = draw.randrange(len(lines))
-                lines[at:at + draw.randrange(3)] = draw.choice([[], [lines[at]] * 2, [lines[at][:9] + "\n"], ["|`_x`|\n"]])
+                lines[at:at + draw.randrange(3)] = draw.choice(
+                    [[], [lines[at]] * 2, [lines[at][:9] + "\n"], ["|`_x`|\n"]])
             path.write_text("".join(lines)[:draw.choice((10**9, 10**9, draw.randrange(4000)))])
         status = main(["submit", str(folder), "--name", f"n{k}", "-o", str(place)])
         captured = capsys.readouterr()
