@@ -169,8 +169,8 @@ def leave_out(sample: Sample, logs: list[Log], why: dict[str, str], known: list[
         elif run.seed in tuning:
             reason = "its seed was used for tuning"
         elif run.status == FINISHED:
-            raise ValueError(f"{path}: seed {run.seed} is finished, and its log {run.log} is not here: no run is left out; "
-                             "if constants were tuned with that seed, --tuning-seeds says so")
+            raise ValueError(f"{path}: seed {run.seed} is finished, and its log {run.log} is not here: no run is left "
+                             "out; if constants were tuned with that seed, --tuning-seeds says so")
         runs.append(LeftOut(Path(run.log).name, run.seed, None, reason))
     for seed in tuning:
         if seed not in {run.seed for run in runs}:
@@ -257,7 +257,7 @@ def summary(sample: Sample, record: Result, versus: Pairwise | None, hardware: s
     claim = sample.claim()
     at = judge(sample.moments[claim.step], sample.target)
     lines = [f"Step {claim.step}: mean `{sample.metric}` {at.mean:.6f}, n={at.n}; ({sample.target:g} - mean) sqrt(n) = "
-             f"{at.statistic:.5f} >= {THRESHOLD}: **PASS**. It is the earliest evaluated step at which the mean passes.",
+             f"{at.statistic:.5f} >= {THRESHOLD}: **PASS**. It is the earliest evaluated step whose mean passes.",
              *(f"**{remark}**" for remark in sample.remarks)]
     if versus:
         metric = f" of `{record.metric}`" * (record.metric != sample.metric)

@@ -73,7 +73,7 @@ def update(name: str) -> dict:
             changes.append(f"new: {say(row)}")
         elif row != known:
             changes.append(f"changed: #{record}: " + ", ".join(
-                f"{field} {old} -> {new}" for field, old, new in zip(Result._fields, known, row) if old != new))
+                f"{field} {was} -> {now}" for field, was, now in zip(Result._fields, known, row) if was != now))
         elif record in read_anew:
             changes.append(f"figures: #{record}: those of its logs, which now have what it claims")
     files = write(results, read_anew)
@@ -116,7 +116,7 @@ def read_table(path: Path) -> tuple[dict[int, tuple[Result, Path]], dict[int, st
     rows, wrong = {}, {}
     lines = read_bytes(path).decode(errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
-        if not re.match(r"\| *\d+ *\|", line):
+        if not re.match(r"\| *\d{1,6} *\|", line):
             continue
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
         record = int(cells[0])
@@ -134,11 +134,11 @@ def read_row(cells: list[str], folder: Path) -> tuple[Result, Path]:
     if len(cells) != 7:
         raise ValueError(f"{len(cells)} cells, and a row has 7")
     number, steps, evidence, description, day, link, people = cells
-    step, claim = re.match(r"\d{1,6}(?!\d)", steps), re.match(r"(\d+\.\d+) *\(n=(\d{1,5})\)", evidence)
+    step, claim = re.match(r"[1-9]\d{,5}(?!\d)", steps), re.match(r"(\d\.\d+) *\(n=([1-9]\d{,4})\)", evidence)
     log = re.search(r"\[log\]\((results/[^)]+)\)", link)
     when = re.fullmatch(r"(\d{4})/(\d\d)/(\d\d)", day)
-    for found, what in ((step, f"no step in {steps!r}"), (claim, f"no mean (n=...) in {evidence!r}"),
-                        (log, f"no [log](results/...) in {link!r}"), (when, f"no date YYYY/MM/DD in {day!r}")):
+    for found, what in ((step, f"no step in {steps[:40]!r}"), (claim, f"no mean (n=...) in {evidence[:40]!r}"),
+                        (log, f"no [log](results/...) in {link[:40]!r}"), (when, f"no date YYYY/MM/DD in {day[:40]!r}")):
         if not found:
             raise ValueError(what)
     path = folder / log[1]

@@ -149,6 +149,7 @@ def test_a_row_is_gone(checkout, capsys):
 @pytest.mark.parametrize("bad, said", [
     ("| 4 | 200 | 3.2750 (n=2) | text |\n", "4 cells"), (table_row(4, steps="soon"), "no step in 'soon'"),
     (table_row(4, evidence="good"), "no mean (n=...) in 'good'"),
+    (table_row(4, evidence="3.2750 (n=0)✓"), "no mean (n=...)"), (table_row(4, steps="0"), "no step in '0'"),
     (table_row(4, day="2026/13/01"), "month must be in 1..12"),
     (table_row(4, day="May"), "no date YYYY/MM/DD"), (table_row(4, link="none"), "no [log](results/...)"),
     (table_row(4, link="[log](results/../../etc/a.txt)"), "is not below results/"),
