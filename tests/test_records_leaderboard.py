@@ -80,7 +80,7 @@ def test_nothing_new_changes_no_file(checkout, capsys):
 
 def test_a_row_is_added(checkout, capsys):
     """Kills: the metric of a new result guessed, and not the one that has the claimed mean; a log in a folder of its
-    own read alone; files that are no logs, a diverged run and a copy in its figures; runs on another device too."""
+    own read alone; files that are no logs, a diverged run, a copy, folders below, and another device in its figures."""
     folder = checkout.parent / "results" / "r4"
     folder.mkdir()
     for k, run in enumerate(losses(3.271, 3.272, 3.273)):
@@ -95,6 +95,8 @@ def test_a_row_is_added(checkout, capsys):
     (folder / "A40.txt").write_text(a40)
     (folder / "nan.txt").write_text((folder / "1.txt").read_text().replace("3.27200", "nan"))
     (folder / "README.md").write_text("what it is")
+    (folder / "sweep").mkdir()
+    (folder / "sweep" / "other.txt").write_text((folder / "0.txt").read_text().replace("3.271", "3.298"))
     (folder / "stdout.txt").write_text("step:200/3200 val_loss:3.0 train_time:1s\n")
     checkout.write_text(checkout.read_text() + table_row(
         4, "200", "3.2720 (n=3)✓", "2026/06/01", "[log](results/r4/README.md)", r"A \| B"))
@@ -109,10 +111,13 @@ def test_a_row_is_added(checkout, capsys):
 
 
 def test_a_row_is_changed(checkout, capsys):
-    """Kills: figures that stay those of the old claim; our words lost; a date alone that has the figures read anew."""
+    """Kills: figures that stay those of the old claim, or of one log of several; our words lost; a date alone that has
+    the figures read anew."""
     edit(checkout, "200(!) | 3.2752 (n=2)✓", "200(!) | 3.2740 (n=3)✓")
     edit(checkout, "2026/04/26 | [log](results/r3", "2026/04/27 | [log](results/r3")
     write(checkout.parent / "results" / "r2" / "c.txt", losses(3.2716)[0])
+    log = checkout.parent / "results" / "r3" / "a.txt"
+    log.write_text(log.read_text().replace("step:100/3200 val_loss:3.3", "step:100/3200 val_loss:3.4"))
     status, out, _, changed = leaderboard(capsys, checkout)
     assert status == 0 and "changed: #2: mean 3.2752 -> 3.274, n 2 -> 3\n" in out
     assert "changed: #3: date 2026-04-26 -> 2026-04-27\n" in out and "new" not in out
@@ -122,11 +127,12 @@ def test_a_row_is_changed(checkout, capsys):
 
 def test_a_claim_that_its_logs_do_not_have(checkout, capsys):
     """Kills: silence on it; figures of the old claim overwritten by some of another."""
-    edit(checkout, "3.2752 (n=2)✓", "3.2740 (n=5)✓")
+    edit(checkout, "3.2752 (n=2)✓", "3.2737 (n=5)✓")
+    write(checkout.parent / "results" / "r2" / "c.txt", losses(3.2722)[0])
     status, out, _, changed = leaderboard(capsys, checkout)
     assert status == 0 and changed == {"track3_records.csv"}
-    assert "look: #2 claims 3.2740 (n=5) at step 200, its logs have 3.2752 (n=2)\n" in out
-    for k in range(3):  # and when they have it
+    assert "look: #2 claims 3.2737 (n=5) at step 200, its logs have 3.2742 (n=3)\n" in out
+    for k in range(2):  # and when they have it
         write(checkout.parent / "results" / "r2" / f"late{k}.txt", losses(3.273 + k * 1e-4)[0])
     status, out, _, changed = leaderboard(capsys, checkout)
     assert status == 0 and "figures: #2" in out and published.moments(2)[1][200].n == 5
