@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from records import diff, lint, published, verify
-from records.ledger import FINISHED, Run, read_ledger
+from records.ledger import FAILED, FINISHED, Run, read_ledger
 from records.log import Log, Trial, drop_repeats, load, read
 from records.plot import plot_apart
 from records.program import UPSTREAM_TARGET, parse, recipe, stages
@@ -168,9 +168,9 @@ def leave_out(sample: Sample, logs: list[Log], why: dict[str, str], known: list[
             reason = f"a fork of {run.fork}"
         elif run.seed in tuning:
             reason = "its seed was used for tuning"
-        elif run.status == FINISHED:
-            raise ValueError(f"{path}: seed {run.seed} is finished, and its log {run.log} is not here: no run is left "
-                             "out; if constants were tuned with that seed, --tuning-seeds says so")
+        elif run.status in (FINISHED, FAILED):  # both are results
+            raise ValueError(f"{path}: seed {run.seed} has {run.status}, and its log {run.log or '(of no name)'} is not "
+                             "here: no run is left out; if constants were tuned with that seed, --tuning-seeds says so")
         runs.append(LeftOut(Path(run.log).name, run.seed, None, reason))
     for seed in tuning:
         if seed not in {run.seed for run in runs}:

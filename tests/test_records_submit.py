@@ -119,20 +119,22 @@ def test_a_whole_attempt(tmp_path, capsys):
     (["LOGS", "OTHER", "--tuning-seeds", "7"], "2 different programs"), (["LOGS", "A40"], "--hardware 'WHY'"),
     (["LOGS", "--tuning-seeds", "7"], "--tuning-seeds 7: no run"),
     (["LOG", "--tuning-seeds", *"012345"], "no run is left"),
-    (["LOGS", "--ledger", "LEDGER"], "seed 8 is finished, and its log logs/gone.txt is not here"),
+    (["LOGS", "--ledger", "LEDGER"], "seed 8 has finished, and its log logs/gone.txt is not here"),
+    (["LOGS", "--ledger", "DIVERGED"], "seed 8 has failed, and its log (of no name) is not here"),
     (["LOGS", "--ledger", "LOG"], "no line of a ledger"), (["LOGS", "--against", "99"], "no published result 99"),
     (["LOGS", "--base", "@nothing"], "no recipe of that name"), (["NOTES"], "no log"), (["LOGS", "SAME"], "two logs"),
     (["LOGS", "--name", "../x"], "--name '../x'"), (["LOGS", "--name", "a\nb"], "--name 'a\\nb'"),
     (["LOGS", "-o", "NOWHERE"], "no such folder")])
 def test_what_reviewers_refuse(tmp_path, capsys, drawn, words, said):
-    """Kills: programs or kinds of GPU pooled in silence; a seed that is known to have finished left out of a mean; a
-    traceback or a part of a folder for what a person mistypes."""
+    """Kills: programs or kinds of GPU pooled in silence; a seed that is known to have finished or diverged left out of a
+    mean; a traceback or a part of a folder for what a person mistypes."""
     logs = attempt(tmp_path / "logs")
     (other := tmp_path / "other").mkdir()
     (ledger := tmp_path / "l.jsonl").write_text(ledger_line(PROGRAM, seed=8, status="finished", loss=3.27, why="",
                                                             log="logs/gone.txt"))
-    files = {"LOGS": str(tmp_path / "logs"), "LOG": logs[0], "LEDGER": str(ledger), "NOWHERE": str(tmp_path / "no"),
-             "NOTES": str(tmp_path / "notes.txt"),
+    (diverged := tmp_path / "d.jsonl").write_text(ledger_line(PROGRAM, seed=8, status="failed"))
+    files = {"LOGS": str(tmp_path / "logs"), "LOG": logs[0], "LEDGER": str(ledger), "DIVERGED": str(diverged),
+             "NOWHERE": str(tmp_path / "no"), "NOTES": str(tmp_path / "notes.txt"),
              "OTHER": write(other / "x.txt", "seed: 7\n", CURVES[7], source=UPSTREAM),
              "A40": attempt(tmp_path / "a40", [7], machine="A40")[0],
              "SAME": write(other / "run-0.txt", "seed: 6\n", CURVES[6], source=PROGRAM)}
