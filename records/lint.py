@@ -31,7 +31,8 @@ READING = "open_shard", "batches_in", "read_batches"  # the functions of our pro
 SHARD = re.compile(r"""(["'])([^\s"']+\.bin)\1""")
 FINEWEB = re.compile(r"fineweb_(train|val)_[^/]*\.bin$")
 PACKAGES = {"torch", "numpy", "tqdm", "triton", "wandb"}  # that bring no optimizer of their own, but torch's
-TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+            "TORCHELASTIC_USE_AGENT_STORE"}
 
 
 def lint(path: str, against: str | None) -> dict:

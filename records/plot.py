@@ -6,6 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from records.log import put
+from records.program import UPSTREAM_TARGET
 from records.sample import Sample
 from records.statistics import mean_crossing
 
@@ -17,9 +18,34 @@ GREY = "0.6"
 
 
 def plot(sets: list[Sample], background: list[Sample], path: str) -> None:
-    """Write the picture to a .png or .svg file. ValueError where there is nothing to draw or no way to."""
+    """Write the picture, the whole run beside a zoom, to a .png or .svg file. ValueError where there is nothing to draw
+    or no way to."""
     if Path(path).suffix not in (".png", ".svg"):
         raise ValueError(f"{path}: the file's ending says what to write, .png or .svg")
+    check(sets, background)
+    figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
+    whole, zoom = figure.subplots(1, 2)
+    for axes in (whole, zoom):
+        draw(axes, sets, background, sets[0].target)
+    frame_whole(whole, sets, sets[0].target)
+    frame_zoom(zoom, sets, sets[0].target)
+    save(figure, path)
+
+
+def plot_apart(sets: list[Sample], background: list[Sample], folder: Path) -> None:
+    """The two halves of `plot` as a submission has them: figure.png and zoomed_figure.png."""
+    check(sets, background)
+    for name, frame in (("figure", frame_whole), ("zoomed_figure", frame_zoom)):
+        figure = Figure(figsize=(6.5, 4.5), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        draw(axes, sets, background, sets[0].target)
+        frame(axes, sets, sets[0].target)
+        axes.set_ylabel(loss_label(sets[0]))
+        legend(axes)
+        save(figure, folder / f"{name}.png")
+
+
+def check(sets: list[Sample], background: list[Sample]) -> None:
     if len(sets) > len(STYLES):
         raise ValueError(f"{len(sets)} sets: more than {len(STYLES)} cannot be told apart in one picture")
     for sample in (*sets, *background):
@@ -30,12 +56,6 @@ def plot(sets: list[Sample], background: list[Sample], path: str) -> None:
         raise ValueError(f"targets {sorted(targets)}: their losses are not of one kind")
     if len(metrics := {sample.metric for sample in (*sets, *background)}) > 1:
         raise ValueError(f"{' and '.join(sorted(metrics))}: these losses are not of one kind: --metric reads one")
-    figure = Figure(figsize=(11, 4.5), dpi=150, layout="constrained")
-    whole, zoom = figure.subplots(1, 2)
-    for axes in (whole, zoom):
-        draw(axes, sets, background, sets[0].target)
-    frame(whole, zoom, sets, sets[0].target)
-    save(figure, path)
 
 
 def draw(axes: Axes, sets: list[Sample], background: list[Sample], target: float) -> None:
@@ -66,17 +86,29 @@ def label(sample: Sample) -> str:
     return f"{name}, n={sample.n}" + (f", passes at {claimed}" if claimed is not None else "")
 
 
-def frame(whole: Axes, zoom: Axes, sets: list[Sample], target: float) -> None:
-    """The whole run without its first fall, and the neighbourhood in which the sets meet the target."""
+def loss_label(sample: Sample) -> str:
+    return f"{sample.metric}, nats a token" if sample.target == UPSTREAM_TARGET else sample.metric
+
+
+def legend(axes: Axes) -> None:
+    axes.legend(fontsize=8, framealpha=1, edgecolor="white", loc="upper right")
+
+
+def frame_whole(axes: Axes, sets: list[Sample], target: float) -> None:
+    """The whole run without its first fall."""
     last = max(max(sample.moments) for sample in sets)
     late = [at.mean for sample in sets for step, at in sample.moments.items() if step >= 0.1 * last]
     low = min(min(late), target)
-    whole.set_xlim(0, 1.01 * last)
-    whole.set_ylim(low - 0.03 * (max(late) - low), max(late))
-    whole.set_ylabel(f"{sets[0].metric}, nats a token" if target == 3.28 else sets[0].metric)
-    whole.set_title("mean bold, runs faint, spread of published results grey", fontsize=9)
-    whole.legend(fontsize=8, framealpha=1, edgecolor="white", loc="upper right")
+    axes.set_xlim(0, 1.01 * last)
+    axes.set_ylim(low - 0.03 * (max(late) - low), max(late))
+    axes.set_ylabel(loss_label(sets[0]))
+    axes.set_title("mean bold, runs faint, spread of published results grey", fontsize=9)
+    legend(axes)
 
+
+def frame_zoom(axes: Axes, sets: list[Sample], target: float) -> None:
+    """The neighbourhood in which the sets meet the target."""
+    last = max(max(sample.moments) for sample in sets)
     crossings = [mean_crossing(sample.moments, target).step or max(sample.moments) for sample in sets]
     centres = crossings + [step for sample in sets if (step := sample.earliest()) is not None]
     left, right = min(centres) - 0.04 * last, min(max(centres) + 0.04 * last, 1.01 * last)
@@ -84,10 +116,10 @@ def frame(whole: Axes, zoom: Axes, sets: list[Sample], target: float) -> None:
                [{step: at.mean for step, at in sample.moments.items()}]
                for step, loss in losses.items() if left <= step <= right]
     margin = 0.1 * (max(*visible, target) - min(*visible, target)) or 0.01
-    zoom.set_xlim(left, right)
-    zoom.set_ylim(min(*visible, target) - margin, max(*visible, target) + margin)
-    zoom.annotate(f"target {target:g}", (left, target), xytext=(4, 3), textcoords="offset points", fontsize=8)
-    zoom.set_title("at the target; a dot is the earliest step to pass", fontsize=9)
+    axes.set_xlim(left, right)
+    axes.set_ylim(min(*visible, target) - margin, max(*visible, target) + margin)
+    axes.annotate(f"target {target:g}", (left, target), xytext=(4, 3), textcoords="offset points", fontsize=8)
+    axes.set_title("at the target; a dot is the earliest step to pass", fontsize=9)
 
 
 def save(figure: Figure, path: str) -> None:

@@ -9,9 +9,6 @@ from typing import NamedTuple
 from records.statistics import Moments, t_quantile
 
 FOLDER = Path(__file__).resolve().parent / "published"
-METRICS = {46: "val_ema_loss"}  # what a result claims; the others claim val_loss
-
-
 class Result(NamedTuple):
     """A row of upstream's table."""
 
@@ -23,6 +20,7 @@ class Result(NamedTuple):
     date: str
     pull_request: str
     summary: str
+    metric: str  # which of its losses it claims
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -35,7 +33,7 @@ def results() -> dict[int, Result]:
     return {
         int(row["record"]): Result(int(row["record"]), int(row["steps_to_3.28"]), float(row["mean_val_loss"]),
                                    int(row["n"]), row["world_record"] == "1", row["date"], row["pull_request"],
-                                   row["summary"])
+                                   row["summary"], row["metric"])
         for row in rows("track3_records.csv")
     }
 
@@ -46,10 +44,15 @@ def result(record: int) -> Result:
     return results()[record]
 
 
+def best() -> Result:
+    """The record: the accepted one of the fewest steps."""
+    return min((row for row in results().values() if row.world_record), key=lambda row: row.step)
+
+
 def moments(record: int) -> tuple[int, dict[int, Moments]]:
     """Length of the schedule, and n, mean and deviation by step.
 
-    Of #19 and #23, which publish two configurations, the one with the claimed number of runs at the claimed step.
+    Of #23, which publishes two configurations, the one with the claimed number of runs at the claimed step.
     """
     found: dict[int, dict[int, Moments]] = {}
     for row in rows("track3_curves.csv"):
@@ -58,17 +61,13 @@ def moments(record: int) -> tuple[int, dict[int, Moments]]:
             found.setdefault(int(row["train_steps"]), {})[int(row["step"])] = Moments(
                 int(row["n"]), float(row["mean"]), sd)
     claim = result(record)
-    if not found:  # #46
-        runs = curves(record).values()
-        steps = sorted({step for run in runs for step in run})
-        return steps[-1], {step: Moments.of([run[step] for run in runs if step in run]) for step in steps}
     return min(found.items(), key=lambda item: abs(item[1].get(claim.step, Moments(0, 0, None)).n - claim.n))
 
 
 def curves(record: int, metric: str | None = None) -> dict[int, dict[int, float]]:
     """Every run's own curve of the metric, by default the claimed one, where it was published; by the run's place in
     the folder, or its seed."""
-    name, metric = f"record_{record:02}_curves.csv", metric or METRICS.get(record, "val_loss")
+    name, metric = f"record_{record:02}_curves.csv", metric or result(record).metric
     runs: dict[int, dict[int, float]] = {}
     if (FOLDER / name).exists():
         for row in rows(name):
@@ -87,7 +86,7 @@ def references() -> str:
     for record in results():
         runs = list(curves(record).values())
         if len(runs) >= REFERENCE_RUNS:
-            head = f"{record},{METRICS.get(record, 'val_loss')},{moments(record)[0]}"
+            head = f"{record},{result(record).metric},{moments(record)[0]}"
             lines += [f"{head},{row}" for row in reference(runs)]
     return "\n".join(lines) + "\n"
 

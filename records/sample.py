@@ -71,7 +71,7 @@ def gather(names: list[str], mixed: bool = False, metric: str | None = None) -> 
     return sample
 
 
-def from_logs(name: str, logs: list[Log]) -> Sample:
+def from_logs(name: str, logs: list[Log], excused: tuple[str, ...] = ()) -> Sample:
     trials = [trial for log in logs for trial in log.trials]
     used = usable(trials)
     programs = {recipe(log.source): log.source for log in logs}
@@ -83,7 +83,7 @@ def from_logs(name: str, logs: list[Log]) -> Sample:
         common_moments(used),
         max((trial.train_steps for trial in used), default=0),
         logs[0].source,
-        mixture(logs, used),
+        mixture(logs, used, excused),
         metric=logs[0].metric,
         recipes=programs.keys(),
         foreign=[why for source in programs.values() for why in foreign(source)],
@@ -99,7 +99,7 @@ def from_published(record: int, metric: str | None = None) -> Sample:
     """
     result = published.result(record)
     train_steps, moments = published.moments(record)
-    claimed = published.METRICS.get(record, "val_loss")
+    claimed = result.metric
     known = published.curves(record, metric) if metric else {}
     read = metric if known else claimed
     runs = [Trial(f"#{record} run {seed}", None, losses, train_steps)
@@ -144,8 +144,8 @@ def progress(trial: Trial) -> str:
     return f"stopped at step {trial.last_step} of {trial.train_steps}"
 
 
-def mixture(logs: list[Log], used: list[Trial]) -> str | None:
-    """Why these runs are not one sample, or None."""
+def mixture(logs: list[Log], used: list[Trial], excused: tuple[str, ...] = ()) -> str | None:
+    """Why these runs are not one sample, or None; what is `excused` by its name below is no reason."""
     grid = tuple(max(used, key=lambda trial: trial.last_step).losses) if used else ()
     kinds = {
         "targets": [(target(log.source), log.path) for log in logs],
@@ -157,7 +157,7 @@ def mixture(logs: list[Log], used: list[Trial]) -> str | None:
     }
     for what, values in kinds.items():
         examples = dict(values)
-        if len(examples) > 1:
+        if len(examples) > 1 and what not in excused:
             counts = Counter(value for value, _ in values)
             named = " on {}" if what == "devices" else ""
             parts = " and ".join(f"{counts[value]}{named.format(value)} as in {name}"

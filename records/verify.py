@@ -154,12 +154,20 @@ def markdown(result: dict) -> str:
     """What a submission shows: the losses by seed at up to four steps, the rule below, the row of the leaderboard."""
     if not result["steps"]:
         return "FAIL: no run can be used"
+    claimed = next((at for at in result["steps"] if at["step"] == result["earliest"]), result["steps"][-1])
+    evidence = f"{claimed['mean']:.4f} (n={claimed['n']}){'✓' if result['verdict'] else ' FAIL'}"
+    return "\n".join([table_by_seed(result, result["runs"]), "", sentence(result), "",
+                      "| # | Steps to 3.28 | Evidence | Description | Date | Log | Contributors |",
+                      "| - | - | - | - | - | - | - |", f"| | {claimed['step']} | {evidence} | | | | |"])
+
+
+def table_by_seed(result: dict, runs: list[dict]) -> str:
+    """From the step before the claimed one, or else the last: losses of these runs, and the rule on all that count."""
     places = [at["step"] for at in result["steps"]]
-    claimed = result["steps"][places.index(result["earliest"] or places[-1])]
-    start = max(0, places.index(claimed["step"]) - 1)
+    start = max(0, places.index(result["earliest"] or places[-1]) - 1)
     steps = result["steps"][start:start + 4]
     rows = [["run", *(at["step"] for at in steps)], ["---"] * (len(steps) + 1)]
-    for k, run in enumerate(result["runs"], 1):
+    for k, run in enumerate(runs, 1):
         losses = [run["why"]] * len(steps) if run["why"] else [
             f"{run['losses'][at['step']]:.5f}" if at["step"] in run["losses"] else "-" for at in steps]
         rows.append([f"run {k}" if run["seed"] is None else f"seed {run['seed']}", *losses])
@@ -168,8 +176,8 @@ def markdown(result: dict) -> str:
              ["**(target - mean) sqrt(n)**", *(f"{at['statistic']:+.5f}" for at in steps)],
              ["**at least 0.004**", *("-" if result["foreign"] else "PASS" if at["passes"] else "FAIL"
                                       for at in steps)]]
-    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in rows]
-    evidence = f"{claimed['mean']:.4f} (n={claimed['n']}){'✓' if result['verdict'] else ' FAIL'}"
-    return "\n".join([*lines, "", sentence(result), "",
-                      "| # | Steps to 3.28 | Evidence | Description | Date | Log | Contributors |",
-                      "| - | - | - | - | - | - | - |", f"| | {claimed['step']} | {evidence} | | | | |"])
+    return markdown_table(rows)
+
+
+def markdown_table(rows: list[list]) -> str:
+    return "\n".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in cells) + " |" for cells in rows)

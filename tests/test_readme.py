@@ -41,7 +41,7 @@ def test_commands_of_the_readme_are_understood():
         train_gpt.override(parity.parse(words).overrides)
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", [*READMES, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.parent.name)
 def test_a_readme_names_what_is_there(path):
     """Kills: a link, a program or a module that has moved."""
     text = path.read_text()

@@ -336,7 +336,7 @@ def test_published_moments_are_those_of_the_curves(record):
 
 def test_list(tmp_path, capsys):
     """Kills: groups made by folder instead of by program and device; a folder of which one group cannot be judged,
-    given up whole; the published table without all of its 46 rows."""
+    given up whole; a crash over a log whose only curve is another's; the published table without all of its 46 rows."""
     a, b, c, d, e = ends(3.27, 3.271, 3.29, 3.28, 3.272)
     write(tmp_path / "a.txt", a)
     write(tmp_path / "b.txt", b)
@@ -344,6 +344,7 @@ def test_list(tmp_path, capsys):
     moved = write(tmp_path / "d.txt", d)
     Path(moved).write_text(Path(moved).read_text().replace("on H100", "on A40"))
     write(tmp_path / "e.txt", {1: 3.0}, e, source=UPSTREAM + "lr = 1\n")
+    write(tmp_path / "z.txt", a)  # a copy
     assert main(["list", str(tmp_path), "--json"]) == 0
     groups = {Path(g["first"]).name: g for g in json.loads(capsys.readouterr().out)["groups"]}
     figures = {name: (g["runs"], g["used"], g.get("passes")) for name, g in groups.items()}

@@ -50,7 +50,8 @@ def test_plot_zooms_on_the_crossing(runs, tmp_path):
     from records.sample import gather
     whole, zoom = plot.Figure().subplots(1, 2)
     plot.draw(whole, [gather([runs])], [], 3.28)
-    plot.frame(whole, zoom, [gather([runs])], 3.28)
+    plot.frame_whole(whole, [gather([runs])], 3.28)
+    plot.frame_zoom(zoom, [gather([runs])], 3.28)
     left, right = zoom.get_xlim()
     assert left < 3150 < 3175 < right and right - left < 500
     assert zoom.get_ylim()[0] < 3.28 < zoom.get_ylim()[1] and zoom.get_ylim()[1] - zoom.get_ylim()[0] < 0.05

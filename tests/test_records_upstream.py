@@ -236,7 +236,7 @@ def test_logs_of_the_published_curves(record, step, tmp_path, capsys):
     """Kills: a step that no run was claimed at, one late or early; raw losses for the metric that the program claims,
     which no word on the command line names; a result whose own curves are not here."""
     steps, runs = published.moments(record)[0], published.curves(record)
-    metric = published.METRICS.get(record, "val_loss")
+    metric = published.result(record).metric
     for seed, claimed in runs.items():
         raw = published.curves(record, "val_loss")[seed]
         lines = both(raw, claimed, steps)
