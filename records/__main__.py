@@ -180,6 +180,15 @@ def report(options: argparse.Namespace) -> int:
     return 0
 
 
+@verb("watch logs/", argument("logs", nargs="*", metavar="LOG", help="(default: logs)"), READING[1],
+      argument("--port", type=int, default=8317, help="(default 8317, or the next that is free)"))
+def watch(options: argparse.Namespace) -> int:
+    """the page of `report` while runs go on: curves, the runs' progress; for this machine's browser, or through ssh"""
+    from records import watch as desk
+    desk.watch(options.logs or ["logs"], options.port, options.metric)
+    return 0
+
+
 @verb("list records/ logs/", argument("logs", nargs="*", metavar="LOG"), READING[1], JSON)
 def list_(options: argparse.Namespace) -> int:
     """the published results and our own; or the groups of runs in LOGs, by program and device"""

@@ -23,8 +23,10 @@ class Result(NamedTuple):
     date: str
     pull_request: str
     summary: str
+    device: str  # of its logs; nothing where they are not public, or do not tell
 
 
+@cache
 def rows(name: str) -> list[dict[str, str]]:
     with open(FOLDER / name, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -35,7 +37,7 @@ def results() -> dict[int, Result]:
     return {
         int(row["record"]): Result(int(row["record"]), int(row["steps_to_3.28"]), float(row["mean_val_loss"]),
                                    int(row["n"]), row["world_record"] == "1", row["date"], row["pull_request"],
-                                   row["summary"])
+                                   row["summary"], row["device"])
         for row in rows("track3_records.csv")
     }
 
