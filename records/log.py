@@ -214,13 +214,15 @@ def load_aloud(names: list[str], metric: str | None = None) -> tuple[list[Log], 
     logs, left_out = survey(expand(names), metric)
     if not logs:
         others = f" (nor are {len(left_out) - 1} other files)" if len(left_out) > 1 else ""
-        raise ValueError(left_out[0].removeprefix("skipped: ") + others if left_out else f"no .txt in {' '.join(names)}")
+        nothing = f"no .txt in {' '.join(names)}"
+        raise ValueError(left_out[0].removeprefix("skipped: ") + others if left_out else nothing)
     for line in left_out:
         print(line, file=sys.stderr)
     return logs, left_out
 
 
-def survey(paths: list[Path], metric: str | None = None, read: Callable[..., Log] = read) -> tuple[list[Log], list[str]]:
+def survey(paths: list[Path], metric: str | None = None, read: Callable[..., Log] = read
+           ) -> tuple[list[Log], list[str]]:
     """The logs among these files, every curve once; and a line for each file, loss or curve that is left out."""
     logs, left_out = [], []
     for path in paths:
@@ -242,7 +244,8 @@ def survey(paths: list[Path], metric: str | None = None, read: Callable[..., Log
 
 
 def drop_repeats(logs: list[Log]) -> list[str]:
-    """Keep every curve once: a copied log, or a seed run twice, is not more evidence. A line for each that is dropped."""
+    """Keep every curve once: a copied log, or a seed run twice, is not more evidence. A line for each that is
+    dropped."""
     first: dict[str, Trial] = {}
     dropped = []
     for log in logs:

@@ -69,8 +69,8 @@ def nearest(fields: dict[str, str]) -> tuple[str, list[str]]:
 
 
 def changes(old: dict[str, str], new: dict[str, str]) -> list[str]:
-    """What differs of the fields that both have, micro_batch aside, as it is in `new`: `lr=0.04`, or the stage of a rule,
-    `contra(0.3)`, `+ smooth(0.9)`, `- floor(0.35)`; with the rule's name where that is not `matrix_update`."""
+    """What differs of the fields that both have, micro_batch aside, as it is in `new`: `lr=0.04`, or the stage of a
+    rule, `contra(0.3)`, `+ smooth(0.9)`, `- floor(0.35)`; with the rule's name where that is not `matrix_update`."""
     found = []
     for name in (name for name in old if name in new and name != "micro_batch"):
         if meaning(old[name]) == meaning(new[name]):

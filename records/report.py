@@ -1,4 +1,4 @@
-"""`report`: one HTML page that needs no network. report.html is its text, style and script; this file fills in the data."""
+"""`report`: one HTML page that needs no network. report.html is its text, style and script; here are its data."""
 
 import json
 import os
@@ -38,13 +38,14 @@ def filled(data: dict) -> str:
 
 
 def contents(logs: list[Log], left_out: list[str]) -> dict:
-    """What the page shows: the sets of runs in `logs`, and beside them the published results and the logs in records/. Of
-    a result whose own logs are there, these take the place."""
+    """What the page shows: the sets of runs in `logs`, and beside them the published results and the logs in records/.
+    Of a result whose own logs are there, these take the place."""
     own = own_sets(logs)
     ids, bases = {each["id"] for each in own}, {each["base"] for each in own}
     others = [each | {"shown": each["shown"] or each["base"] in bases} for each in [*references(), *published_sets()]
               if each["id"] not in ids]
-    sets = sorted(own + others, key=lambda each: (not each["own"] or each["record"] is not None, -(each["record"] or 0)))
+    sets = sorted(own + others, key=lambda each: (not each["own"] or each["record"] is not None,
+                                                     -(each["record"] or 0)))
     return {"sets": sets, "left_out": left_out, "target": own[0]["target"] if own else UPSTREAM_TARGET,
             "best": [[row.record, row.step, row.world_record] for row in published.results().values()]}
 
@@ -54,7 +55,8 @@ def references() -> list[dict]:
     """What is published in records/, where it is not what the page is about."""
     logs, _ = survey(expand([str(RECORDS)]))
     return [each | {"own": False, "shown": False, "text": ", ".join(filter(None, ["in records/", each["text"]])),
-                    "files": [os.path.relpath(path, RECORDS.parent) for path in each["files"]]} for each in own_sets(logs)]
+                    "files": [os.path.relpath(path, RECORDS.parent) for path in each["files"]]}
+            for each in own_sets(logs)]
 
 
 ########################################
@@ -92,8 +94,8 @@ def rule_of(name: str) -> str:
 
 
 def techniques_of_record(record: int) -> tuple[dict[str, str], str]:
-    """{technique: its knobs} of a published result, and what tells them: its recipe, or else the words of its row, where
-    `#9` stands for all that result #9 has."""
+    """{technique: its knobs} of a published result, and what tells them: its recipe, or else the words of its row,
+    where `#9` stands for all that result #9 has."""
     if name := recipe_of(record):
         return techniques(read_recipe(RECORDS / name / "recipe")), rule_of(name)
     summary = published.result(record).summary
@@ -106,7 +108,8 @@ def techniques_of_record(record: int) -> tuple[dict[str, str], str]:
 @cache
 def vocabulary() -> list[str]:
     """The stages of all recipes' rules, in the order of a rule."""
-    return list(dict.fromkeys(name for each in recipes() for name in techniques(read_recipe(RECORDS / each / "recipe"))))
+    rules = [read_recipe(RECORDS / name / "recipe") for name in recipes()]
+    return list(dict.fromkeys(name for fields in rules for name in techniques(fields)))
 
 
 def techniques(fields: dict[str, str]) -> dict[str, str]:
@@ -142,7 +145,10 @@ def own_sets(logs: list[Log]) -> list[dict]:
             before, after = constants(first.setdefault(title, source)), constants(source)
             altered = [f"{name}={value}" for name, value in after.items() if before.get(name) != value]
         each |= {"title": title, "date": date, "changes": altered}
-        each["text"] = ", ".join([each["text"]] * bool(each["text"]) + altered)
+    shared = Counter((each["title"], change) for each in sets for change in each["changes"])
+    for each in sets:  # what tells a set from the others comes first, what they have in common last
+        altered = sorted(each["changes"], key=lambda change: shared[each["title"], change])
+        each["text"] = ", ".join(filter(None, [each["text"], *altered]))
     for what in ("device", "program"):  # until all names differ
         alike: dict[tuple, list[dict]] = {}
         for each in sets:
@@ -243,9 +249,12 @@ def curves(moments: dict, trials: list[Trial]) -> dict:
             "means": [number(moments[step].mean) if step in moments else None for step in steps],
             "sds": [number(moments[step].sd) if step in moments else None for step in steps],
             "counts": [moments[step].n if step in moments else 0 for step in steps],
-            "runs": [{"name": trial.name, "seed": trial.seed, "step": trial.last_step, "steps": trial.train_steps,
-                      "seconds": trial.train_time, "state": "finished" if trial.complete else trial.fault or progress(trial),
+            "runs": [{"seed": trial.seed, "step": trial.last_step, "seconds": trial.train_time, "state": ending(trial),
                       "losses": [number(trial.losses.get(step)) for step in steps]} for trial in trials]}
+
+
+def ending(trial: Trial) -> str:
+    return trial.fault or ("finished" if trial.complete else progress(trial))
 
 
 def number(value: float | None) -> float | None:

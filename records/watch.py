@@ -1,7 +1,7 @@
 """`watch`: the page of `report` while runs go on, for a browser on this machine or at the end of an ssh tunnel.
 
-Nothing is written, and no run notices. Only this machine can ask; and only by the names of this machine, so that no page
-of a stranger can ask through a browser here (DNS rebinding).
+Nothing is written, and no run notices. Only this machine can ask; and only by the names of this machine, so that no
+page of a stranger can ask through a browser here (DNS rebinding).
 """
 
 import getpass
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from errno import EADDRINUSE
 from http.server import BaseHTTPRequestHandler
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from socketserver import ThreadingTCPServer
 
@@ -32,12 +32,13 @@ FORGOTTEN = 3600  # seconds after which a silent run is no longer listed as one 
 
 def watch(names: list[str], port: int, metric: str | None = None) -> None:
     """Serve the page on the logs that `names` mean until Ctrl-C. ValueError where there is no such file or folder."""
-    expand(names)
+    expand(logs_of(names))
     with listen(port, handler(snapshots(names, metric))) as server:
         port = server.server_address[1]
         try:
-            print(f"http://localhost:{port} shows {' '.join(names)} until Ctrl-C. From another machine: ssh -N -L "
-                  f"{port}:localhost:{port} {getpass.getuser()}@{socket.gethostname()}, then the same address", flush=True)
+            tunnel = f"ssh -N -L {port}:localhost:{port} {getpass.getuser()}@{socket.gethostname()}"
+            print(f"http://localhost:{port} shows {' '.join(names)} until Ctrl-C. From another machine: {tunnel}, "
+                  "then the same address", flush=True)
             server.serve_forever()
         except KeyboardInterrupt:
             print("\nwatch has ended; the runs go on", file=sys.stderr)
@@ -48,27 +49,51 @@ def watch(names: list[str], port: int, metric: str | None = None) -> None:
 ########################################
 
 def snapshots(names: list[str], metric: str | None) -> Callable[[], bytes]:
-    """What returns the data of the moment, as JSON. A file is read again when it has changed."""
-    lock, read_again, latest = threading.Lock(), reader(), [-1.0, b""]
+    """What returns the data of the moment, as JSON: made anew when a file has changed, but once a second at most, and
+    once a minute, for what time alone changes."""
+    lock, read_again = threading.Lock(), reader()
+    made, seen, content = -inf, None, b""
 
     def snapshot() -> bytes:
+        nonlocal made, seen, content
         with lock:
-            if time.monotonic() - latest[0] > 1:  # however many look
-                latest[:] = time.monotonic(), json.dumps(look(names, metric, read_again), allow_nan=False).encode()
-            return latest[1]
+            age = time.monotonic() - made
+            if age > 60 or age > 1 and versions(names) != seen:
+                seen = versions(names)
+                content = json.dumps(look(names, metric, read_again), allow_nan=False).encode()
+                made = time.monotonic()
+            return content
     return snapshot
 
 
-def look(names: list[str], metric: str | None, read: Callable[..., Log] = read) -> dict:
-    """What `report` shows of these logs, and the runs that go on."""
+def versions(names: list[str]) -> dict[Path, tuple[int, int]]:
+    """Of the logs that `names` mean, of their sidecars, and of the ledgers."""
+    found = {}
     try:
-        logs, left_out = survey(expand(names), metric, read)
+        logs = expand(logs_of(names))
+        for path in [*logs, *(log.with_suffix(".jsonl") for log in logs), *ledgers(names)]:
+            if path.exists():
+                found[path] = version(path)
+    except (OSError, ValueError):  # what goes while one looks; `look` says so
+        pass
+    return found
+
+
+def version(path: Path) -> tuple[int, int]:
+    stat = os.stat(path)
+    return stat.st_mtime_ns, stat.st_size
+
+
+def look(names: list[str], metric: str | None, read: Callable[..., Log] = read) -> dict:
+    """What `report` shows of these logs, the runs that go on, and the tables of sweeps."""
+    try:
+        logs, left_out = survey(expand(logs_of(names)), metric, read)
     except ValueError as error:  # a folder that is gone
         logs, left_out = [], [str(error)]
     now, data = time.time(), contents(logs, left_out)
     sets = {path: each for each in data["sets"] if each["own"] for path in each["files"]}
     running = [row for log in logs if log.path in sets if (row := run(log, sets[log.path], data["sets"], now))]
-    return data | {"live": True, "running": running}
+    return data | {"live": True, "running": running, "sweeps": [table(path) for path in ledgers(names)]}
 
 
 def reader() -> Callable[..., Log]:
@@ -76,15 +101,15 @@ def reader() -> Callable[..., Log]:
     known: dict[Path, tuple[tuple, Log | ValueError]] = {}
 
     def read_again(path: Path, metric: str | None) -> Log:
-        stat = os.stat(path)
-        if known.get(path, [None])[0] != (version := (stat.st_mtime_ns, stat.st_size)):
+        now = version(path)
+        if path not in known or known[path][0] != now:
             try:
                 log = read(path, metric)
                 if log.unread and not ends_a_line(path):
                     log.unread.pop()
-                known[path] = version, log
+                known[path] = now, log
             except ValueError as error:
-                known[path] = version, error
+                known[path] = now, error
         found = known[path][1]
         if isinstance(found, ValueError):
             raise found
@@ -96,6 +121,38 @@ def ends_a_line(path: Path) -> bool:
     with open(path, "rb") as file:
         file.seek(max(0, os.path.getsize(path) - 1))
         return file.read() == b"\n"
+
+
+########################################
+#                Sweeps                #
+########################################
+
+def logs_of(names: list[str]) -> list[str]:
+    return [name for name in names if not name.endswith(".jsonl")] or ["logs"]
+
+
+def ledgers(names: list[str]) -> list[Path]:
+    """The ledgers of sweeps among `names`, in the folders among them, and here."""
+    places = [Path("."), *map(Path, names)]
+    files = [file for place in places for file in (sorted(place.glob("*.jsonl")) if place.is_dir() else [place])]
+    return [file for file in dict.fromkeys(files) if file.suffix == ".jsonl" and begins_a_ledger(file)]
+
+
+def begins_a_ledger(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(14) == b'{"line": "plan'
+    except OSError:
+        return False
+
+
+def table(path: Path) -> dict[str, str]:
+    """The table of `python -m records sweep`, or why there is none."""
+    from records import ledger, sweep
+    try:
+        return {"name": str(path), "text": sweep.text(sweep.sweep(ledger.read_ledger(path)))}
+    except (OSError, ValueError) as error:
+        return {"name": str(path), "text": str(error)}
 
 
 ########################################
@@ -135,22 +192,22 @@ def records(sidecar: Path) -> list[dict]:
     for line in lines:
         try:
             match json.loads(line):
-                case {"step": int(step), "train_time": int() | float() as seconds} as at if step >= 0 and isfinite(seconds):
-                    found.append(at)
+                case {"step": int(step), "train_time": int() | float() as seconds} as at:
+                    found += [at] * (step >= 0 and isfinite(seconds))
         except (ValueError, RecursionError, OverflowError):  # the first is cut off
             continue
     return found
 
 
 def against(trial, own: dict, sets: list[dict]) -> str:
-    """How far the last loss is from the mean of the recipe's published runs at this step; nothing where their schedule is
-    of another length, as then it says nothing."""
+    """How far the last loss is from the mean of the recipe's published runs at this step; nothing where their schedule
+    is of another length: then it means nothing."""
     step = trial.last_step
     for other in sets:
-        if (not other["own"] and own["base"] and other["base"] == own["base"] and other["metric"] == own["metric"]
-                and other["target"] == own["target"] and step in other["steps"] and other["steps"][-1] == trial.train_steps
-                and (mean := other["means"][other["steps"].index(step)]) is not None and step):
-            return f"{trial.losses[step] - mean:+.5f} from {other['title']}"
+        alike = not other["own"] and own["base"] and all(own[x] == other[x] for x in ("base", "metric", "target"))
+        if alike and step and step in other["steps"] and other["steps"][-1] == trial.train_steps:
+            mean = other["means"][other["steps"].index(step)]
+            return f"{trial.losses[step] - mean:+.5f} from {other['title']}" if mean else ""
     return ""
 
 

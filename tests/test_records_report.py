@@ -226,8 +226,8 @@ def ask(port: int, path: str, **headers: str) -> tuple[int, bytes, str]:
 
 
 def test_watch_answers_this_machine_only(live):
-    """Kills: an answer to a page of a stranger whose name leads here (DNS rebinding); files served beside the page; data
-    sent again though nothing changed; anything written beside the logs; another machine let in."""
+    """Kills: an answer to a page of a stranger whose name leads here (DNS rebinding); files served beside the page;
+    data sent again though nothing changed; anything written beside the logs."""
     folder, port = live
     before = {path: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]}
     for host in ("localhost:1", "127.0.0.1:18317", "[::1]:18317", "localhost"):
@@ -238,7 +238,6 @@ def test_watch_answers_this_machine_only(live):
     status, data, tag = ask(port, "/data")
     assert status == 200 and json.loads(data)["live"] and ask(port, "/data", **{"If-None-Match": tag})[:2] == (304, b"")
     assert {path: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]} == before
-    assert watch.Server.allow_reuse_address  # or the port stays taken for a minute after Ctrl-C
 
 
 def test_watch_takes_the_next_port_and_ends_in_a_line(live, tmp_path):
@@ -291,6 +290,23 @@ def test_runs_that_go_on(tmp_path):
         assert [row["state"] for row in watch.look([str(tmp_path)], None)["running"]] == states
 
 
+def test_the_table_of_a_sweep(tmp_path, capsys):
+    """Kills: a sweep that is not shown, or otherwise than by `sweep`; a ledger taken for a log; a traceback on a ledger
+    that is damaged."""
+    pytest.importorskip("records.ledger")
+    variation = {"overrides": [], "metric": "val_loss", "last_step": 3200}
+    plan = {"line": "plan", "time": "", "file": "lr.txt", "starts": [[1, ""]], "variations": [
+        variation | {"name": "first", "source_sha256": "a"}, variation | {"name": "other", "source_sha256": "b"}]}
+    ledger = tmp_path / "lr.txt.jsonl"
+    ledger.write_text(json.dumps(plan) + "\n")
+    (tmp_path / "a.jsonl").write_text(SIDECAR)
+    data = watch.look([str(tmp_path)], None)
+    main(["sweep", str(ledger)])
+    assert data["sweeps"] == [{"name": str(ledger), "text": capsys.readouterr().out.rstrip("\n")}]
+    ledger.write_text(json.dumps(plan) + "\n{}\n")
+    assert ": no line of a ledger" in watch.look([str(tmp_path)], None)["sweeps"][0]["text"]
+
+
 @BROWSER
 def test_a_run_grows_under_the_page(live, tmp_path):
     """Kills: a page that must be loaded again; a new run that is not drawn; a selection, an open row or the focus lost
@@ -302,7 +318,7 @@ def test_a_run_grows_under_the_page(live, tmp_path):
                          "document.querySelector('[name=find]').focus()")
         log = folder / "20261126-b.txt"
         write(log, "seed: 3\n" + GROWING[:-30], source=program("nesterov | polar | aspect | step"))
-        running = "document.querySelector('#running tbody').textContent"
+        running = "document.querySelector('#running ul').textContent"
         browser.wait(f"{running}.includes('125 of 3200')")
         with open(log, "a") as file:
             file.write(GROWING[-30:])
