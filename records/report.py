@@ -83,10 +83,11 @@ def claim_of(row: published.Result) -> dict:
             "pr": row.pull_request, "record": row.record, "base": recipe_of(row.record), "changes": []}
 
 
+@cache
 def recipe_of(record: int) -> str:
-    """The name of the recipe of a published result; nothing where there is none."""
-    return next((name for name in recipes() if name.split("_")[0] == f"{record:02}" or record == 2 and name == "adamw"),
-                "")
+    """The recipe that begins with the number of a published result; nothing where there is none."""
+    return next((name for name in recipes()
+                 if f"# Result #{record} of track 3" in (RECORDS / name / "recipe").read_text(encoding="utf-8")), "")
 
 
 def rule_of(name: str) -> str:
@@ -131,7 +132,7 @@ def techniques(fields: dict[str, str]) -> dict[str, str]:
 def own_sets(logs: list[Log]) -> list[dict]:
     """One a program and device, each named by what it changed: of a recipe, or of the first program in its folder."""
     found = groups(logs)
-    sets, first = [own_set(group) for group in found], {}
+    sets, first = [own_set(group) for group in found], {}  # the first program by folder
     for each, group, (title, date) in zip(sets, found, names_and_dates(found)):
         if each["record"]:
             continue
@@ -142,13 +143,15 @@ def own_sets(logs: list[Log]) -> list[dict]:
             if not each["techniques"] and not altered:  # an older program has no rule that is a line of text
                 each |= {"techniques": techniques(read_recipe(RECORDS / title / "recipe")), "told": rule_of(title)}
         else:
-            before, after = constants(first.setdefault(title, source)), constants(source)
+            before = constants(first.setdefault(os.path.dirname(group[0].path), source))
+            after = constants(source)
             altered = [f"{name}={value}" for name, value in after.items() if before.get(name) != value]
         each |= {"title": title, "date": date, "changes": altered}
     shared = Counter((each["title"], change) for each in sets for change in each["changes"])
     for each in sets:  # what tells a set from the others comes first, what they have in common last
         altered = sorted(each["changes"], key=lambda change: shared[each["title"], change])
-        each["text"] = ", ".join(filter(None, [each["text"], *altered]))
+        more = f"and {len(altered) - 4} more" * (len(altered) > 4)
+        each["text"] = ", ".join(filter(None, [each["text"], *altered[:4], more]))
     for what in ("device", "program"):  # until all names differ
         alike: dict[tuple, list[dict]] = {}
         for each in sets:
@@ -181,8 +184,9 @@ def own_set(group: list[Log]) -> dict:
     if not sample.moments:
         return found | {"notes": ["no finished run", *found["notes"]]}
     row = leaderboard.figures(sample)
-    found |= {"step": row["step"], "mean": number(row["mean"]), "n": row["used"], "near": around_target(sample),
-              "rule": leaderboard.RULE[row["passes"]], "notes": [*filter(None, [row["note"]]), *found["notes"]]}
+    found |= {"step": row["step"], "mean": number(row["mean"]), "sd": number(sample.moments[row["step"]].sd),
+              "n": row["used"], "rule": leaderboard.RULE[row["passes"]], "near": around_target(sample),
+              "notes": [*filter(None, [row["note"]]), *found["notes"]]}
     if known := published_as(sample):
         record, whole = known
         techniques_there, told = techniques_of_record(record)
@@ -235,7 +239,7 @@ def short_device(trial: Trial) -> str:
     if trial.device == NOT_NAMED:
         return ""
     name = re.match(r"(?:RTX )?[^\s-]*", re.sub("NVIDIA |GeForce |Tesla ", "", trial.device))[0]
-    return f"{trial.world}x" * (trial.world > 0 and name != "CPU") + name
+    return f"{trial.world}x" * (trial.world > 0 and name not in ("", "CPU")) + name
 
 
 ########################################
@@ -247,8 +251,6 @@ def curves(moments: dict, trials: list[Trial]) -> dict:
     steps = sorted({*moments, *(step for trial in trials for step in trial.losses)})
     return {"steps": steps,
             "means": [number(moments[step].mean) if step in moments else None for step in steps],
-            "sds": [number(moments[step].sd) if step in moments else None for step in steps],
-            "counts": [moments[step].n if step in moments else 0 for step in steps],
             "runs": [{"seed": trial.seed, "step": trial.last_step, "seconds": trial.train_time, "state": ending(trial),
                       "losses": [number(trial.losses.get(step)) for step in steps]} for trial in trials]}
 

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
-from conftest import ROOT
-from test_records import MACHINE, OURS, RULE, curve, ends, write
+from test_records import MACHINE, OURS, ROOT, RULE, curve, ends, write
 
 from records import published, recipes, report, watch
 from records.__main__ import main
