@@ -4,7 +4,6 @@ Nothing is written, and no run notices. Only this machine can ask; and only by t
 page of a stranger can ask through a browser here (DNS rebinding).
 """
 
-import getpass
 import hashlib
 import json
 import os
@@ -36,7 +35,7 @@ def watch(names: list[str], port: int, metric: str | None = None) -> None:
     with listen(port, handler(snapshots(names, metric))) as server:
         port = server.server_address[1]
         try:
-            tunnel = f"ssh -N -L {port}:localhost:{port} {getpass.getuser()}@{socket.gethostname()}"
+            tunnel = f"ssh -N -L {port}:localhost:{port} {socket.gethostname()}"
             print(f"http://localhost:{port} shows {' '.join(names)} until Ctrl-C. From another machine: {tunnel}, "
                   "then the same address", flush=True)
             server.serve_forever()
@@ -105,7 +104,7 @@ def reader() -> Callable[..., Log]:
         if path not in known or known[path][0] != now:
             try:
                 log = read(path, metric)
-                if log.unread and not ends_a_line(path):
+                if log.unread and log.unread[-1] == half_a_line(path):
                     log.unread.pop()
                 known[path] = now, log
             except ValueError as error:
@@ -117,10 +116,11 @@ def reader() -> Callable[..., Log]:
     return read_again
 
 
-def ends_a_line(path: Path) -> bool:
+def half_a_line(path: Path) -> str:
+    """What stands after the last end of a line."""
     with open(path, "rb") as file:
-        file.seek(max(0, os.path.getsize(path) - 1))
-        return file.read() == b"\n"
+        file.seek(max(0, os.path.getsize(path) - 1000))
+        return file.read().rpartition(b"\n")[2].decode(errors="replace")
 
 
 ########################################

@@ -20,7 +20,7 @@ from records.__main__ import main
 from records.log import expand, survey
 
 BROWSER = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
-PROGRAM = OURS.replace("3 * 1.0", "3.28").replace("    def", f"    matrix_update: str = 'RULE'\n\n    def", 1)
+PROGRAM = OURS.replace("3 * 1.0", "3.28").replace("    def", "    matrix_update: str = 'RULE'\n\n    def", 1)
 
 
 def program(rule: str = recipes.defaults()["matrix_update"]) -> str:
@@ -70,7 +70,7 @@ def test_page_holds_all(page):
 ])  # fmt: skip
 def test_titles_say_what_a_run_changed(tmp_path, rule, says):
     """Kills: a title that is a path; another spelling taken for a change; a stage that is new or gone passed over."""
-    write(tmp_path / "a.txt", *ends(3.279), source=program(rule))
+    write(tmp_path / "a.txt", *ends(3.279), source=program(rule).replace("1 / 320", "0.003125"))
     assert f"17_aurora {says}".strip() in sets(tmp_path)
 
 
@@ -179,6 +179,9 @@ def test_page_in_a_browser(browser, page):
     fetched = browser.evaluate("performance.getEntriesByType('resource').map(e => e.name)"
                                ".filter(name => !name.startsWith('data:'))")
     assert fetched == []
+    browser.open(f"file://{report.TEMPLATE}")  # as it is, without data
+    assert "python -m records report fills" in browser.evaluate("document.querySelector('#left_out').innerText")
+    assert browser.complaints == []
 
 
 @BROWSER
@@ -267,11 +270,14 @@ SIDECAR = "".join(json.dumps({"seed": 3, "step": step, "loss": 4.1, "train_time"
 
 @pytest.mark.parametrize("cut", range(0, len(GROWING), 9))
 def test_half_a_line_does_no_harm(tmp_path, cut):
-    """Kills: a loss whose digits are not all there yet, or a line that names it a fault of the log."""
-    write(tmp_path / "a.txt", "seed: 3\n" + GROWING[:cut], source=program())
+    """Kills: a loss whose digits are not all there yet, or a line that names it a fault of the log; a line in the
+    middle of which something is missing that is no longer named."""
+    bad = "step:1/3200 val_loss:4.6 4419 train_time:1s\n"
+    write(tmp_path / "a.txt", "seed: 3\n" + bad + GROWING[:cut], source=program())
     data = watch.look([str(tmp_path)], None, watch.reader())
     own = next(each for each in data["sets"] if each["own"])
-    assert {*own["runs"][0]["losses"]} <= {10.82584, 4.64419, 4.10243} and data["left_out"] == []
+    assert {*own["runs"][0]["losses"]} <= {10.82584, 4.64419, 4.10243}
+    assert data["left_out"] == [f"skipped: {tmp_path}/a.txt: no whole loss in the line {bad[:-1]!r}"]
 
 
 def test_runs_that_go_on(tmp_path):
