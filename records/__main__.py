@@ -182,10 +182,20 @@ def plot(options: argparse.Namespace) -> int:
 @verb("report -o report.html", argument("logs", nargs="*", metavar="LOG", help="(default: the logs in records/)"),
       argument("-o", metavar="FILE", dest="output", default="report.html", help="(default report.html)"), READING[1])
 def report(options: argparse.Namespace) -> int:
-    """one HTML page that needs no network: leaderboard, curves to hover, zoom and switch, tables that sort"""
+    """one HTML page that needs no network: leaderboard, curves, techniques, filters, links to what it shows"""
     from records import report as desk
     desk.report(options.logs, free(options.output), options.metric)
     print(options.output)
+    return 0
+
+
+@verb("watch logs/", argument("logs", nargs="*", metavar="LOG", help="or the ledger of a sweep (default: logs, and the "
+                              "ledgers here)"), READING[1],
+      argument("--port", type=int, default=8317, help="(default 8317, or the next that is free)"))
+def watch(options: argparse.Namespace) -> int:
+    """the page of `report` while runs go on: curves, time left, sweeps; for this machine's browser, or through ssh"""
+    from records import watch as desk
+    desk.watch(options.logs or ["logs"], options.port, options.metric)
     return 0
 
 

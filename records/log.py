@@ -51,6 +51,14 @@ class Trial:
         return max(self.losses, default=0)
 
     @property
+    def short_device(self) -> str:
+        """`8xH100` of 8 processes on "NVIDIA H100 80GB HBM3"; nothing where the log does not name it."""
+        if self.device == NOT_NAMED:
+            return ""
+        name = re.match(r"(?:RTX )?[^\s-]*", re.sub("NVIDIA |GeForce |Tesla ", "", self.device))[0]
+        return f"{self.world}x" * (self.world > 0 and name not in ("", "CPU")) + name
+
+    @property
     def complete(self) -> bool:
         """Whether it was evaluated at the end of its schedule."""
         return self.last_step == self.train_steps > 0
@@ -206,8 +214,26 @@ def load(names: list[str], metric: str | None = None) -> list[Log]:
 
     ValueError where no log is left.
     """
-    logs, skipped = [], []
-    for path in expand(names):
+    return load_aloud(names, metric)[0]
+
+
+def load_aloud(names: list[str], metric: str | None = None) -> tuple[list[Log], list[str]]:
+    """What `load` returns, and the lines that it wrote to stderr."""
+    logs, left_out = survey(expand(names), metric)
+    if not logs:
+        others = f" (nor are {len(left_out) - 1} other files)" if len(left_out) > 1 else ""
+        nothing = f"no .txt in {' '.join(names)}"
+        raise ValueError(left_out[0].removeprefix("skipped: ") + others if left_out else nothing)
+    for line in left_out:
+        print(line, file=sys.stderr)
+    return logs, left_out
+
+
+def survey(paths: list[Path], metric: str | None = None, read: Callable[..., Log] = read
+           ) -> tuple[list[Log], list[str]]:
+    """The logs among these files, every curve once; and a line for each file, loss or curve that is left out."""
+    logs, left_out = [], []
+    for path in paths:
         try:
             log = read(path, metric)
             if log.lacking:
@@ -215,24 +241,22 @@ def load(names: list[str], metric: str | None = None) -> list[Log]:
                 raise ValueError(f"{path}: no line has a {log.metric}{claimed}; --metric val_loss reads what it has")
             logs.append(log)
         except ValueError as error:
-            skipped.append(str(error))
+            left_out.append(f"skipped: {error}")
         except OSError as error:  # a folder or a dangling link of that name, somebody else's file
-            skipped.append(f"{path} cannot be read: {error.strerror}")
-    if not logs:
-        others = f" (nor are {len(skipped) - 1} other files)" if len(skipped) > 1 else ""
-        raise ValueError(skipped[0] + others if skipped else f"no .txt in {' '.join(names)}")
-    for reason in skipped:
-        print(f"skipped: {reason}", file=sys.stderr)
+            left_out.append(f"skipped: {path} cannot be read: {error.strerror}")
     for log in logs:
         if log.unread:
             more = f" and {len(log.unread) - 1} more" * (len(log.unread) > 1)
-            print(f"skipped: {log.path}: no whole loss in the line {log.unread[0][:80]!r}{more}", file=sys.stderr)
-    return drop_repeats(logs)
+            left_out.append(f"skipped: {log.path}: no whole loss in the line {log.unread[0][:80]!r}{more}")
+    kept, dropped = drop_repeats(logs)
+    return kept, left_out + dropped
 
 
-def drop_repeats(logs: list[Log]) -> list[Log]:
-    """Keep every curve once, and the logs that have one: a copied log, or a seed run twice, is not more evidence."""
+def drop_repeats(logs: list[Log]) -> tuple[list[Log], list[str]]:
+    """Keep every curve once, and the logs that have one: a copied log, or a seed run twice, is not more evidence. A
+    line for each curve that is dropped."""
     first: dict[str, Trial] = {}
+    dropped = []
     for log in logs:
         for trial in list(log.trials):
             # Step 0 is alike in all runs, and one loss of five digits may repeat by chance.
@@ -241,8 +265,8 @@ def drop_repeats(logs: list[Log]) -> list[Log]:
             original = first.setdefault(str(trial.losses), trial)
             if original is not trial:
                 log.trials.remove(trial)
-                print(f"dropped: {trial.name} repeats {original.name}", file=sys.stderr)
-    return [log for log in logs if log.trials]
+                dropped.append(f"dropped: {trial.name} repeats {original.name}")
+    return [log for log in logs if log.trials], dropped
 
 
 def put(path: Path | str, write: Callable[[Path], object]) -> None:

@@ -21,8 +21,10 @@ class Result(NamedTuple):
     pull_request: str
     summary: str
     metric: str  # which of its losses it claims
+    device: str  # of its logs; nothing where they are not public, or do not tell
 
 
+@cache
 def rows(name: str) -> list[dict[str, str]]:
     with open(FOLDER / name, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -33,7 +35,7 @@ def results() -> dict[int, Result]:
     return {
         int(row["record"]): Result(int(row["record"]), int(row["steps_to_3.28"]), float(row["mean_val_loss"]),
                                    int(row["n"]), row["world_record"] == "1", row["date"], row["pull_request"],
-                                   row["summary"], row["metric"])
+                                   row["summary"], row["metric"], row["device"])
         for row in rows("track3_records.csv")
     }
 
@@ -64,6 +66,7 @@ def moments(record: int) -> tuple[int, dict[int, Moments]]:
     return min(found.items(), key=lambda item: abs(item[1].get(claim.step, Moments(0, 0, None)).n - claim.n))
 
 
+@cache
 def curves(record: int, metric: str | None = None) -> dict[int, dict[int, float]]:
     """Every run's own curve of the metric, by default the claimed one, where it was published; by the run's place in
     the folder, or its seed."""

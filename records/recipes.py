@@ -62,6 +62,30 @@ def rule(name: str) -> str:
     return ", ".join([fields["matrix_update"], *mlp, *(f"{x}={value}" for x, value in fields.items() if "." in x)])
 
 
+def nearest(fields: dict[str, str]) -> tuple[str, list[str]]:
+    """The recipe from which fewest of a run's fields differ, and what does, as `changes` says it."""
+    found = [(name, changes(read_recipe(RECORDS / name / "recipe"), fields)) for name in recipes()]
+    return min(found, key=lambda pair: len(pair[1]))
+
+
+def changes(old: dict[str, str], new: dict[str, str]) -> list[str]:
+    """What differs of the fields that both have, micro_batch aside, as it is in `new`: `lr=0.04`, or the stage of a
+    rule, `contra(0.3)`, `+ smooth(0.9)`, `- floor(0.35)`; with the rule's name where that is not `matrix_update`."""
+    found = []
+    for name in (name for name in old if name in new and name != "micro_batch"):
+        if meaning(old[name]) == meaning(new[name]):
+            continue
+        try:
+            rows = align(old[name], new[name]) if name.endswith("_update") else []
+        except ValueError:  # what a stranger's log says is no rule
+            rows = []
+        of = "" if name == "matrix_update" else name.removesuffix("update").replace("_", " ")
+        found += [of + (f"+ {b}" if a is None else f"- {a}" if b is None else b) for a, b in rows if a != b]
+        found += [f"{name}={new[name]}"] * (not rows)
+    return found
+
+
+@cache
 def meaning(text: str | None) -> float | str | None:
     """Equal for two spellings of one number or rule."""
     try:

@@ -1,156 +1,262 @@
-"""`report`: one HTML page, readable from disk without a network: leaderboard, curves, tables. Charts are plotly's."""
+"""`report`: one HTML page that needs no network. report.html is its text, style and script; here are its data."""
 
-import textwrap
-from html import escape
+import json
+import os
+import re
+from collections import Counter
+from functools import cache
+from math import isfinite
 from pathlib import Path
 
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
-
 from records import leaderboard, published
-from records.log import load, put
-from records.recipes import RECORDS, recipes, rule
-from records.sample import Sample, from_logs, from_published, groups
+from records.lint import ours
+from records.log import Log, Trial, expand, load_aloud, put, survey
+from records.program import UPSTREAM_TARGET, constants, recipe, stages, target
+from records.recipes import RECORDS, nearest, read_recipe, recipes, values
+from records.sample import Sample, from_logs, from_published, groups, progress
 from records.statistics import mean_crossing
 
-# Okabe and Ito's colours; a dash tells apart what shares one.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")
-DASHES = ("solid", "dash", "dot", "dashdot")
-FIRST_SHOWN = {6, 17, 36, 40}  # of the published curves: the first baseline of 20, ours, the tuned one, a late one
-HOW_TO = """Click a name to switch its curve on or off, drag to zoom, double-click to zoom out. Bold: mean over the
-runs; faint: single runs."""
-TICKS = [2700, 3000, 3500, 4000, 5000, 6000, 8000]
-STYLE = """body { font: 15px/1.45 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; }
-table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .2em .7em; border-bottom: 1px solid #ddd; text-align: left; }
-td.number, th.number { text-align: right; }
-th { cursor: pointer; }
-th[aria-sort=ascending]::after { content: " \\25B2"; } th[aria-sort=descending]::after { content: " \\25BC"; }"""
-SORT = """document.querySelectorAll("th").forEach(head => head.addEventListener("click", () => {
-  const body = head.closest("table").tBodies[0], column = head.cellIndex;
-  const up = head.getAttribute("aria-sort") !== "ascending";
-  head.parentNode.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
-  head.setAttribute("aria-sort", up ? "ascending" : "descending");
-  const value = row => row.cells[column].textContent;
-  const order = (a, b) => value(a).localeCompare(value(b), "en", {numeric: true});
-  [...body.rows].sort((a, b) => up ? order(a, b) : order(b, a)).forEach(row => body.append(row));
-}));"""
+TEMPLATE = Path(__file__).with_name("report.html")
+PLACE = '<script type="application/json" id="data">null</script>'  # of the data, in report.html
+FIRST_SHOWN = {6, 17, 36, 46}  # of the published curves: the first baseline of 20, ours, the tuned one, the record
+WORDS = {"polar": "Muon"}  # what upstream's table calls a stage, where it is not the stage's name
+DATED = re.compile(r"(\d{4})(\d\d)(\d\d)[-_](?=.)")  # before the name of a log or of a folder of upstream's
+UUID = re.compile(r"([0-9a-f]{8})-[0-9a-f]{4}-[0-9a-f-]+")
 
 
 def report(names: list[str], path: str, metric: str | None = None) -> None:
     """Write the page on the logs that `names` mean, by default those in records/, and on the published results."""
-    logs = load(names or [str(RECORDS)], metric)
-    own = [from_logs(short_name(group[0].path), group) for group in groups(logs)]
-    own = [sample for sample in own if sample.moments]
-    parts = ["<h1>Steps to the target loss</h1>", progress_chart().to_html(full_html=False, include_plotlyjs=True),
-             "<h2>Validation loss</h2>", f"<p>{HOW_TO}</p>"]
-    by_target: dict[float, list[Sample]] = {}
-    for sample in own + [from_published(record) for record in published.results()]:
-        by_target.setdefault(sample.target, []).append(sample)
-    parts += [curves(samples, target).to_html(full_html=False, include_plotlyjs=False)
-              for target, samples in sorted(by_target.items(), reverse=True)]
-    parts += ["<h2>Runs</h2>", own_table(logs), "<h2>Recipes</h2>", recipe_table(),
-              "<h2>Published results</h2>", published_table()]
-    page = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Steps to the target loss</title>'
-            f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>\n<body>\n'
-            + "\n".join(parts) + f"\n<script>{SORT}</script></body></html>\n")
+    data = contents(*load_aloud(names or [str(RECORDS)], metric))
+    page = filled(data if names else data | {"target": UPSTREAM_TARGET})
     put(path, lambda beside: beside.write_text(page, encoding="utf-8"))
 
 
-def short_name(path: str) -> str:
-    return "/".join(Path(path).parts[-2:])
+def filled(data: dict) -> str:
+    """The page with its data. `<` is escaped: no name of a file ends the element that holds them."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, PLACE.replace("null", text))
 
 
-def progress_chart() -> go.Figure:
-    """Claimed steps in the order of acceptance, and the record of the day."""
-    rows = published.results().values()
-    hover = [f"#{row.record}: {row.summary}<br>{row.step} steps, {row.mean:.4f} (n={row.n})" for row in rows]
-    best = [row for row in rows if row.world_record]
-    figure = go.Figure([
-        go.Scatter(x=[row.record for row in rows], y=[row.step for row in rows], mode="markers", name="accepted",
-                   text=hover, hoverinfo="text", marker={"color": COLOURS[0], "symbol": "circle-open", "size": 9}),
-        go.Scatter(x=[row.record for row in best], y=[row.step for row in best], mode="lines+markers", name="record",
-                   line={"shape": "hv", "color": COLOURS[1]}, hoverinfo="skip")])
-    figure.update_layout(template="plotly_white", height=380, xaxis_title="published result",
-                         yaxis={"title": "steps to 3.28", "type": "log", "tickvals": TICKS}, margin={"t": 20})
-    return figure
+def contents(logs: list[Log], left_out: list[str]) -> dict:
+    """What the page shows: the sets of runs in `logs`, and beside them the published results and the logs in records/.
+    Of a result whose own logs are there, these take the place."""
+    own = own_sets(logs)
+    ids, bases = {each["id"] for each in own}, {each["base"] for each in own}
+    others = [each | {"shown": each["shown"] or each["base"] in bases} for each in [*references(), *published_sets()]
+              if each["id"] not in ids]
+    sets = sorted(own + others, key=lambda each: (not each["own"] or each["record"] is not None,
+                                                     -(each["record"] or 0)))
+    return {"sets": sets, "left_out": left_out, "target": own[0]["target"] if own else UPSTREAM_TARGET,
+            "best": [[row.record, row.step, row.world_record] for row in published.results().values()]}
 
 
-def curves(samples: list[Sample], target: float) -> go.Figure:
-    """All curves with one target: the whole run, and a zoom on the crossing."""
-    figure = make_subplots(1, 2, subplot_titles=("whole run", f"around {target:g}"), horizontal_spacing=0.07)
-    drawn = [sample for sample in samples if sample.source is not None or int(sample.name[1:]) in FIRST_SHOWN]
-    for k, sample in enumerate(drawn + [sample for sample in samples if sample not in drawn]):
-        shown = k < len(drawn)
-        line = {"color": COLOURS[k % len(COLOURS)], "dash": DASHES[(k + k // 12) % len(DASHES)]}
-        for column in (1, 2):
-            for trace in traces(sample, line, column == 1):
-                figure.add_trace(trace.update(visible=True if shown else "legendonly"), 1, column)
-    ends = [step for sample in drawn for step in around_target(sample)]
-    last = max(max(sample.moments) for sample in drawn)
-    left, right = min(ends) - 0.06 * last, max(ends) + 0.06 * last
-    falls = [at.mean for sample in drawn for step, at in sample.moments.items() if step >= 0.1 * last]
-    near = [at.mean for sample in drawn for step, at in sample.moments.items() if left <= step <= right]
-    low = min(*near, target) - 0.002
-    high = min(max(*near, target), target + 4 * (target - low)) + 0.002
-    figure.add_hline(y=target, line={"dash": "dot", "width": 1, "color": "black"})
-    figure.update_xaxes(title="step", range=[0, last], col=1)
-    figure.update_yaxes(title="validation loss", range=[min(*falls, target) - 0.02, max(falls)], col=1)
-    figure.update_xaxes(title="step", range=[left, right], col=2)
-    figure.update_yaxes(range=[low, high], col=2)
-    figure.update_layout(template="plotly_white", height=560, margin={"t": 40}, legend={"groupclick": "togglegroup"})
-    return figure
+@cache
+def references() -> list[dict]:
+    """What is published in records/, where it is not what the page is about."""
+    logs, _ = survey(expand([str(RECORDS)]))
+    return [each | {"own": False, "shown": False, "text": ", ".join(filter(None, ["in records/", each["text"]])),
+                    "files": [os.path.relpath(path, RECORDS.parent) for path in each["files"]]}
+            for each in own_sets(logs)]
+
+
+########################################
+#            Published sets            #
+########################################
+
+@cache
+def published_sets() -> list[dict]:
+    return [published_set(row) for row in reversed(published.results().values())]
+
+
+def published_set(row: published.Result) -> dict:
+    sample = from_published(row.record)
+    known, told = techniques_of_record(row.record)
+    return claim_of(row) | {
+        "own": False, "techniques": known, "told": told, "target": UPSTREAM_TARGET, "metric": sample.metric,
+        "step": row.step, "mean": row.mean, "n": row.n, "rule": "accepted", "shown": row.record in FIRST_SHOWN,
+        "device": row.device, "notes": list(filter(None, [sample.mixture])), **curves(sample.moments, sample.trials),
+        "near": around_target(sample)}
+
+
+def claim_of(row: published.Result) -> dict:
+    return {"id": str(row.record), "title": f"#{row.record}", "text": row.summary, "date": row.date,
+            "pr": row.pull_request, "record": row.record, "base": recipe_of(row.record), "changes": []}
+
+
+@cache
+def recipe_of(record: int) -> str:
+    """The recipe that begins with the number of a published result; nothing where there is none."""
+    return next((name for name in recipes()
+                 if f"# Result #{record} of track 3" in (RECORDS / name / "recipe").read_text(encoding="utf-8")), "")
+
+
+def rule_of(name: str) -> str:
+    return f"the rule of records/{name}"
+
+
+def techniques_of_record(record: int) -> tuple[dict[str, str], str]:
+    """{technique: its knobs} of a published result, and what tells them: its recipe, or else the words of its row,
+    where `#9` stands for all that result #9 has."""
+    if name := recipe_of(record):
+        return techniques(read_recipe(RECORDS / name / "recipe")), rule_of(name)
+    summary = published.result(record).summary
+    found = {name: "" for earlier in re.findall(r"#(\d+)", summary) for name in techniques_of_record(int(earlier))[0]}
+    found |= {name: "" for name in vocabulary()
+              if re.search(rf"\b{WORDS.get(name, name.replace('_', '[ -]'))}\b", summary, re.IGNORECASE)}
+    return found, "the words of upstream's table"
+
+
+@cache
+def vocabulary() -> list[str]:
+    """The stages of all recipes' rules, in the order of a rule."""
+    rules = [read_recipe(RECORDS / name / "recipe") for name in recipes()]
+    return list(dict.fromkeys(name for fields in rules for name in techniques(fields)))
+
+
+def techniques(fields: dict[str, str]) -> dict[str, str]:
+    """{stage: its knobs} of the rules that move the matrices."""
+    found: dict[str, list[str]] = {}
+    for rule in ("matrix_update", "mlp_update", "final_update"):
+        try:
+            for name, text in stages(fields.get(rule, "")):
+                found.setdefault(name, []).append(text.removeprefix(name).removeprefix("(").removesuffix(")"))
+        except ValueError:  # what a stranger's log says is no rule
+            continue
+    return {name: "; ".join(dict.fromkeys(knobs)) for name, knobs in found.items()}
+
+
+########################################
+#               Own sets               #
+########################################
+
+def own_sets(logs: list[Log]) -> list[dict]:
+    """One a program and device, each named by what it changed: of a recipe, or of the first program in its folder."""
+    found = groups(logs)
+    sets, first = [own_set(group) for group in found], {}  # the first program by folder
+    for each, group, (title, date) in zip(sets, found, names_and_dates(found)):
+        if each["record"]:
+            continue
+        source = group[0].source
+        if ours(source):
+            title, altered = nearest(values(source))
+            each["base"] = title
+            if not each["techniques"] and not altered:  # an older program has no rule that is a line of text
+                each |= {"techniques": techniques(read_recipe(RECORDS / title / "recipe")), "told": rule_of(title)}
+        else:
+            before = constants(first.setdefault(os.path.dirname(group[0].path), source))
+            after = constants(source)
+            altered = [f"{name}={value}" for name, value in after.items() if before.get(name) != value]
+        each |= {"title": title, "date": date, "changes": altered}
+    shared = Counter((each["title"], change) for each in sets for change in each["changes"])
+    for each in sets:  # what tells a set from the others comes first, what they have in common last
+        altered = sorted(each["changes"], key=lambda change: shared[each["title"], change])
+        more = f"and {len(altered) - 4} more" * (len(altered) > 4)
+        each["text"] = ", ".join(filter(None, [each["text"], *altered[:4], more]))
+    for what in ("device", "program"):  # until all names differ
+        alike: dict[tuple, list[dict]] = {}
+        for each in sets:
+            alike.setdefault((each["title"], each["text"]), []).append(each)
+        for each in (each for same in alike.values() if len({one[what] for one in same}) > 1 for each in same):
+            each["text"] += ", " * bool(each["text"]) + f"{what} {each[what]}"
+    ids = Counter()
+    for k, each in enumerate(sets):
+        each["shown"] = each["record"] in FIRST_SHOWN if each["record"] else k >= len(sets) - 8  # the newest
+        if count := ids[each["id"]]:  # on another device
+            each["id"] += f".{count + 1}"
+        ids[each["program"]] += 1
+    return sets
+
+
+def own_set(group: list[Log]) -> dict:
+    source, trials = group[0].source, [trial for log in group for trial in log.trials]
+    program, known = recipe(source)[:8], techniques(values(source)) if ours(source) else {}
+    found = {"id": program, "own": True, "title": "", "text": "", "date": "", "pr": "", "record": None, "base": "",
+             "changes": [], "techniques": known, "told": "the rule in its log" * bool(known), "program": program,
+             "device": trials[0].short_device, "target": target(source), "metric": group[0].metric, "n": 0,
+             "devices": sorted({trial.device for trial in trials}), "files": [log.path for log in group], "notes": [],
+             "near": [], "commits": sorted({value for log in group for value in log.facts.get("commit", [])})}
+    try:
+        sample = from_logs("", group)
+    except ValueError as error:  # no step in common
+        return found | curves({}, trials) | {"notes": [str(error)]}
+    found |= curves(sample.moments, trials)
+    found["notes"] = [*filter(None, [sample.partial]), *sample.remarks]
+    if not sample.moments:
+        return found | {"notes": ["no finished run", *found["notes"]]}
+    row = leaderboard.figures(sample)
+    found |= {"step": row["step"], "mean": number(row["mean"]), "sd": number(sample.moments[row["step"]].sd),
+              "n": row["used"], "rule": leaderboard.RULE[row["passes"]], "near": around_target(sample),
+              "notes": [*filter(None, [row["note"]]), *found["notes"]]}
+    if known := published_as(sample):
+        record, whole = known
+        techniques_there, told = techniques_of_record(record)
+        found |= {"techniques": techniques_there, "told": told}
+        found |= claim_of(published.result(record)) if whole else {"text": f"{sample.n} of the runs of #{record}"}
+    return found
+
+
+def published_as(sample: Sample) -> tuple[int, bool] | None:
+    """The published result that has these runs, and whether these are all of them."""
+    for record, means in published_means().items():
+        runs = list(published.curves(record).values())
+        if agree({step: at.mean for step, at in sample.moments.items()}, means):
+            return record, True
+        if runs and all(any(agree(trial.losses, run) for run in runs) for trial in sample.used):
+            return record, False
+    return None
+
+
+@cache
+def published_means() -> dict[int, dict[int, float]]:
+    return {record: {step: at.mean for step, at in from_published(record).moments.items()}
+            for record in published.results()}
+
+
+def agree(a: dict[int, float], b: dict[int, float]) -> bool:
+    """Whether two curves are one, to the digits that a log has."""
+    shared = a.keys() & b.keys()
+    return len(shared) > 2 and all(abs(a[step] - b[step]) < 2e-5 for step in shared)
+
+
+def names_and_dates(found: list[list[Log]]) -> list[tuple[str, str]]:
+    """For each group a name and a date: of the folder that holds it alone, or else of its first log."""
+    if not found:
+        return []
+    folders = [os.path.commonpath([os.path.dirname(os.path.abspath(log.path)) for log in group]) for group in found]
+    root = os.path.commonpath(folders)
+    named = []
+    for folder, group in zip(folders, found):
+        name, stem = os.path.relpath(folder, root), Path(group[0].path).stem
+        if name == ".":
+            name = os.path.basename(folder) if len(found) == 1 else stem
+        date = DATED.match(name) or DATED.match(stem)
+        named.append((UUID.sub(r"\1", DATED.sub("", name)), "-".join(date.groups()) if date else ""))
+    return named
+
+
+########################################
+#                Curves                #
+########################################
+
+def curves(moments: dict, trials: list[Trial]) -> dict:
+    """The mean and every run, by step; null where it was not evaluated, or diverged."""
+    steps = sorted({*moments, *(step for trial in trials for step in trial.losses)})
+    return {"steps": steps,
+            "means": [number(moments[step].mean) if step in moments else None for step in steps],
+            "runs": [{"seed": trial.seed, "step": trial.last_step, "seconds": trial.train_time, "state": ending(trial),
+                      "losses": [number(trial.losses.get(step)) for step in steps]} for trial in trials]}
+
+
+def ending(trial: Trial) -> str:
+    return trial.fault or ("finished" if trial.complete else progress(trial))
+
+
+def number(value: float | None) -> float | None:
+    """What JSON can hold, to the digits that a log has."""
+    return round(value, 5) if value is not None and isfinite(value) else None
 
 
 def around_target(sample: Sample) -> list[float]:
     """Where the mean crosses the target, or else its last step; and the earliest step to pass."""
     places = mean_crossing(sample.moments, sample.target).step or max(sample.moments), sample.earliest()
-    return [step for step in places if step is not None]
-
-
-def traces(sample: Sample, line: dict, in_legend: bool) -> list[go.Scatter]:
-    """The mean, and every run where its own curve is known; all switched by one name in the legend."""
-    steps = list(sample.moments)
-    hover = [f"{sample.name}, step {step}: {at.mean:.5f}" + (f" (sd {at.sd:.5f})" if at.sd is not None else "")
-             + f", n={at.n}" for step, at in sample.moments.items()]
-    runs = [go.Scatter(x=list(trial.losses), y=list(trial.losses.values()), mode="lines", showlegend=False,
-                       legendgroup=sample.name, opacity=0.3, line=line | {"width": 0.7, "dash": "solid"},
-                       hoverinfo="skip") for trial in sample.used]
-    name = sample.name + f" ({sample.metric})" * (sample.metric != "val_loss")
-    if sample.source is None:
-        name += " " + textwrap.shorten(published.result(int(sample.name[1:])).summary, 26, placeholder=" ...")
-    mean = go.Scatter(x=steps, y=[at.mean for at in sample.moments.values()], mode="lines", name=name,
-                      legendgroup=sample.name, showlegend=in_legend, line=line | {"width": 2.5}, text=hover,
-                      hoverinfo="text")
-    return [*runs, mean]
-
-
-def own_table(logs: list) -> str:
-    rows = []
-    for group in groups(logs):
-        row = leaderboard.describe(group)
-        used = row["used"] > 0
-        rows.append([short_name(row["first"]), row["program"], row["device"], row["runs"], row["used"],
-                     row["step"] if used else "", f"{row['mean']:.5f}" if used else "",
-                     leaderboard.RULE[row["passes"]] if used else "", f"{row['target']:g}" if used else "",
-                     row["note"]])
-    return table(["first log", "program", "device", "runs", "used", "step", "mean", "rule", "target", "note"], rows)
-
-
-def recipe_table() -> str:
-    return table(["recipe", "update rule of the matrices"], [[name, rule(name)] for name in recipes()])
-
-
-def published_table() -> str:
-    rows = [[f"{row.record}", row.step, f"{row.mean:.4f}", row.n, "yes" if row.world_record else "", row.date,
-             row.pull_request, row.summary] for row in published.results().values()]
-    return table(["#", "steps", "mean", "n", "record then", "date", "PR", "what it is"], rows)
-
-
-def table(head: list[str], rows: list[list]) -> str:
-    numeric = [bool(rows) and all(str(row[k]).replace(".", "").isdigit() for row in rows) for k in range(len(head))]
-    marks = [' class="number"' if number else "" for number in numeric]
-    cells = "".join(f"<th{mark}>{escape(name)}</th>" for mark, name in zip(marks, head))
-    body = "\n".join("<tr>" + "".join(f"<td{mark}>{escape(str(cell))}</td>" for mark, cell in zip(marks, row)) + "</tr>"
-                     for row in rows)
-    return f"<table><thead><tr>{cells}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+    return [round(step, 1) for step in places if step is not None]

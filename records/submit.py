@@ -54,7 +54,7 @@ def submit(names: list[str], name: str, place: str, base: str | None, against: i
     if why := mixture(named, []):
         raise ValueError(f"{why}: a submission is of one program")
     known = ledger_runs(ledgers, named)
-    logs = drop_repeats([*named, *same_program(named, [run.log for _, run in known])])
+    logs, _ = drop_repeats([*named, *same_program(named, [run.log for _, run in known])])
     why = reasons(logs, {trial.device for log in named for trial in log.trials}, tuning)
     sample = from_logs(name, without(logs, why), ("devices",) if hardware else ())
     if sample.mixture:

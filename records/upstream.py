@@ -37,6 +37,9 @@ class Figures(NamedTuple):
         return {step: Moments.of([trial.losses[step] for trial in self.trials if step in trial.losses])
                 for step in steps}
 
+    def device(self) -> str:
+        return ", ".join(sorted({trial.short_device for trial in self.trials} - {""}))
+
 
 def update(name: str) -> dict:
     """Bring records/published up to the table in `name`; the verdict is that every row of it could be taken.
@@ -57,7 +60,7 @@ def update(name: str) -> dict:
     changes, remarks = [f"gone: {say(old[record])}" for record in gone], []
     for record, (row, log) in sorted(rows.items()):
         known = old.get(record)
-        row = row._replace(summary=known.summary, metric=known.metric) if known else row
+        row = row._replace(summary=known.summary, metric=known.metric, device=known.device) if known else row
         if not known or not fits(row, from_published(record).moments):
             figures = read_figures(log, row)
             if not known and not figures:
@@ -65,7 +68,7 @@ def update(name: str) -> dict:
                 continue
             fitting = figures and fits(row, figures.moments())
             if fitting or not known:
-                row, read_anew[record] = row._replace(metric=figures.metric), figures
+                row, read_anew[record] = row._replace(metric=figures.metric, device=figures.device()), figures
             if not fitting:
                 remarks.append(mismatch(row, figures))
         results[record] = row
@@ -148,7 +151,7 @@ def read_row(cells: list[str], folder: Path) -> tuple[Result, Path]:
     plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", description)
     row = Result(int(number), int(step[0]), float(claim[1]), int(claim[2]), "(!)" in steps,
                  date(*map(int, when.groups())).isoformat(), pull_request[1] if pull_request else "",
-                 shorten(plain, 60, placeholder=" ..."), "val_loss")
+                 shorten(plain, 60, placeholder=" ..."), "val_loss", "")
     return row, path
 
 
@@ -185,7 +188,7 @@ def read_trials(paths: list[Path]) -> list[tuple[str, Trial]]:
                 logs.append(interpret(str(path), content, metric))
             except ValueError:  # metadata and standard output
                 continue
-        found += [(metric, trial) for log in drop_repeats(logs) for trial in log.trials
+        found += [(metric, trial) for log in drop_repeats(logs)[0] for trial in log.trials
                   if trial.losses and not trial.fault]
     return found
 
@@ -200,6 +203,7 @@ def write(results: dict[int, Result], read_anew: dict[int, Figures | None]) -> l
     for record, figures in read_anew.items():
         files[f"record_{record:02}_curves.csv"] = curves_of(figures) if figures else None
     written = put_all(files)
+    published.rows.cache_clear()
     published.results.cache_clear()  # of which the reference is made
     return written + put_all({"reference.csv": published.references()})
 
@@ -233,7 +237,7 @@ def table_of(results: dict[int, Result]) -> str:
     file = io.StringIO(newline="")
     writer = csv.writer(file)
     writer.writerow(["record", "steps_to_3.28", "mean_val_loss", "n", "world_record", "date", "pull_request", "summary",
-                     "metric"])
+                     "metric", "device"])
     writer.writerows([*row[:4], int(row.world_record), *row[5:]] for _, row in sorted(results.items()))
     return file.getvalue()
 
