@@ -84,9 +84,10 @@ def test_titles_of_other_programs(tmp_path):
         write(tmp_path / folder / f"{len(os.listdir(tmp_path / folder))}{name}", *ends(end), source=source)
     second = write(tmp_path / "20260502_other" / "b.txt", *ends(3.273), source="lr = 1\n")
     Path(second).write_text(Path(second).read_text().replace(" H100 ", " NVIDIA A100-SXM4-80GB "))
+    write(tmp_path / name, *ends(3.274), source="lr = 2\n")
     found = sets(tmp_path)
     own = [name for name, each in found.items() if each["own"]]
-    assert own == ["contra", "contra lr=0.04", "other device 8xH100", "other device 8xA100"]
+    assert own == ["08cd60f9", "contra", "contra lr=0.04", "other device 8xH100", "other device 8xA100"]
     assert found["contra"]["date"] == "2026-05-01" and len({each["id"] for each in found.values()}) == len(found)
 
 
@@ -258,8 +259,9 @@ def test_watch_takes_the_next_port_and_ends_in_a_line(live, tmp_path):
 @pytest.mark.parametrize("words, says", [
     (["no/such/folder"], "no/such/folder: no such file or folder"),
     (["--port", "70000", "."], "--port 70000: a port is a number from 1 to 65515")])
-def test_watch_refuses_in_a_line(words, says, capsys):
+def test_watch_refuses_in_a_line(words, says, capsys, monkeypatch):
     """Kills: a traceback, or a server of nothing."""
+    monkeypatch.setattr(watch.Server, "serve_forever", lambda server: pytest.fail("it serves"))
     assert main(["watch", *words]) == 2 and capsys.readouterr().err == f"records: {says}\n"
 
 
@@ -356,7 +358,7 @@ def test_any_bytes_make_a_page(tmp_path_factory, data, at, length, line):
     page's own script."""
     folder = tmp_path_factory.getbasetemp() / "bytes"
     folder.mkdir(exist_ok=True)
-    log = (program() + RULE + MACHINE + RULE + "seed: 3\n" + GROWING).encode()
+    log = (program() + RULE + MACHINE + RULE + "seed: 3\n" + GROWING + curve({375: float("nan")})).encode()
     start = int(at * len(log))
     (folder / "a.txt").write_bytes(log[:start] + data + log[start + length:])
     (folder / "a.jsonl").write_bytes(SIDECAR.encode() + line + b"\n")
