@@ -76,7 +76,8 @@ def test_titles_say_what_a_run_changed(tmp_path, rule, says):
 
 def test_titles_of_other_programs(tmp_path):
     """Kills: UUIDs for titles; two programs of one folder that are not told apart, as result #11's are not by hand; one
-    name for a program on two machines; two sets with one id, of which a browser would draw one twice."""
+    name for a program on two machines; results drawn for want of a recipe; two sets with one id, of which a browser
+    would draw one twice."""
     name = "08cd60f9-99e2-4e28-b1ac-19136dd42a05.txt"
     for folder, source, end in (("20260501_contra", "lr = 0.0375\n", 3.27), ("20260501_contra", "lr = 0.04\n", 3.271),
                                 ("20260502_other", "lr = 1\n", 3.272)):
@@ -88,6 +89,7 @@ def test_titles_of_other_programs(tmp_path):
     found = sets(tmp_path)
     own = [name for name, each in found.items() if each["own"]]
     assert own == ["08cd60f9", "contra", "contra lr=0.04", "other device 8xH100", "other device 8xA100"]
+    assert {each["record"] for each in found.values() if each["shown"]} == {None, *report.FIRST_SHOWN}
     assert found["contra"]["date"] == "2026-05-01" and len({each["id"] for each in found.values()}) == len(found)
 
 
