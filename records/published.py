@@ -24,7 +24,6 @@ class Result(NamedTuple):
     device: str  # of its logs; nothing where they are not public, or do not tell
 
 
-@cache
 def rows(name: str) -> list[dict[str, str]]:
     with open(FOLDER / name, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -66,7 +65,6 @@ def moments(record: int) -> tuple[int, dict[int, Moments]]:
     return min(found.items(), key=lambda item: abs(item[1].get(claim.step, Moments(0, 0, None)).n - claim.n))
 
 
-@cache
 def curves(record: int, metric: str | None = None) -> dict[int, dict[int, float]]:
     """Every run's own curve of the metric, by default the claimed one, where it was published; by the run's place in
     the folder, or its seed."""

@@ -41,7 +41,7 @@ def contents(logs: list[Log], left_out: list[str]) -> dict:
     """What the page shows: the sets of runs in `logs`, and beside them the published results and the logs in records/.
     Of a result whose own logs are there, these take the place."""
     own = own_sets(logs)
-    ids, bases = {each["id"] for each in own}, {each["base"] for each in own}
+    ids, bases = {each["id"] for each in own}, {each["base"] for each in own if each["base"]}
     others = [each | {"shown": each["shown"] or each["base"] in bases} for each in [*references(), *published_sets()]
               if each["id"] not in ids]
     sets = sorted(own + others, key=lambda each: (not each["own"] or each["record"] is not None,

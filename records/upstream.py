@@ -203,7 +203,6 @@ def write(results: dict[int, Result], read_anew: dict[int, Figures | None]) -> l
     for record, figures in read_anew.items():
         files[f"record_{record:02}_curves.csv"] = curves_of(figures) if figures else None
     written = put_all(files)
-    published.rows.cache_clear()
     published.results.cache_clear()  # of which the reference is made
     return written + put_all({"reference.csv": published.references()})
 

@@ -19,6 +19,7 @@ from math import inf, isfinite
 from pathlib import Path
 from socketserver import ThreadingTCPServer
 
+from records import ledger, sweep
 from records.log import Log, expand, read, survey
 from records.report import contents, filled, number
 
@@ -148,7 +149,6 @@ def begins_a_ledger(path: Path) -> bool:
 
 def table(path: Path) -> dict[str, str]:
     """The table of `python -m records sweep`, or why there is none."""
-    from records import ledger, sweep
     try:
         return {"name": str(path), "text": sweep.text(sweep.sweep(ledger.read_ledger(path)))}
     except (OSError, ValueError) as error:

@@ -76,7 +76,8 @@ def test_titles_say_what_a_run_changed(tmp_path, rule, says):
 
 def test_titles_of_other_programs(tmp_path):
     """Kills: UUIDs for titles; two programs of one folder that are not told apart, as result #11's are not by hand; one
-    name for a program on two machines; two sets with one id, of which a browser would draw one twice."""
+    name for a program on two machines; results drawn for want of a recipe; two sets with one id, of which a browser
+    would draw one twice."""
     name = "08cd60f9-99e2-4e28-b1ac-19136dd42a05.txt"
     for folder, source, end in (("20260501_contra", "lr = 0.0375\n", 3.27), ("20260501_contra", "lr = 0.04\n", 3.271),
                                 ("20260502_other", "lr = 1\n", 3.272)):
@@ -84,9 +85,11 @@ def test_titles_of_other_programs(tmp_path):
         write(tmp_path / folder / f"{len(os.listdir(tmp_path / folder))}{name}", *ends(end), source=source)
     second = write(tmp_path / "20260502_other" / "b.txt", *ends(3.273), source="lr = 1\n")
     Path(second).write_text(Path(second).read_text().replace(" H100 ", " NVIDIA A100-SXM4-80GB "))
+    write(tmp_path / name, *ends(3.274), source="lr = 2\n")
     found = sets(tmp_path)
     own = [name for name, each in found.items() if each["own"]]
-    assert own == ["contra", "contra lr=0.04", "other device 8xH100", "other device 8xA100"]
+    assert own == ["08cd60f9", "contra", "contra lr=0.04", "other device 8xH100", "other device 8xA100"]
+    assert {each["record"] for each in found.values() if each["shown"]} == {None, *report.FIRST_SHOWN}
     assert found["contra"]["date"] == "2026-05-01" and len({each["id"] for each in found.values()}) == len(found)
 
 
@@ -258,8 +261,9 @@ def test_watch_takes_the_next_port_and_ends_in_a_line(live, tmp_path):
 @pytest.mark.parametrize("words, says", [
     (["no/such/folder"], "no/such/folder: no such file or folder"),
     (["--port", "70000", "."], "--port 70000: a port is a number from 1 to 65515")])
-def test_watch_refuses_in_a_line(words, says, capsys):
+def test_watch_refuses_in_a_line(words, says, capsys, monkeypatch):
     """Kills: a traceback, or a server of nothing."""
+    monkeypatch.setattr(watch.Server, "serve_forever", lambda server: pytest.fail("it serves"))
     assert main(["watch", *words]) == 2 and capsys.readouterr().err == f"records: {says}\n"
 
 
@@ -298,7 +302,6 @@ def test_runs_that_go_on(tmp_path):
 def test_the_table_of_a_sweep(tmp_path, capsys):
     """Kills: a sweep that is not shown, or otherwise than by `sweep`; a ledger taken for a log; a traceback on a ledger
     that is damaged."""
-    pytest.importorskip("records.ledger")
     variation = {"overrides": [], "metric": "val_loss", "last_step": 3200}
     plan = {"line": "plan", "time": "", "file": "lr.txt", "starts": [[1, ""]], "variations": [
         variation | {"name": "first", "source_sha256": "a"}, variation | {"name": "other", "source_sha256": "b"}]}
@@ -356,7 +359,7 @@ def test_any_bytes_make_a_page(tmp_path_factory, data, at, length, line):
     page's own script."""
     folder = tmp_path_factory.getbasetemp() / "bytes"
     folder.mkdir(exist_ok=True)
-    log = (program() + RULE + MACHINE + RULE + "seed: 3\n" + GROWING).encode()
+    log = (program() + RULE + MACHINE + RULE + "seed: 3\n" + GROWING + curve({375: float("nan")})).encode()
     start = int(at * len(log))
     (folder / "a.txt").write_bytes(log[:start] + data + log[start + length:])
     (folder / "a.jsonl").write_bytes(SIDECAR.encode() + line + b"\n")
