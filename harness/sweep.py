@@ -9,7 +9,7 @@ are for all. FILE.jsonl is the ledger (records/ledger.py); `python -m records sw
 
 Every run has all GPUs of the machine, in turn: so it is what ./run.sh would make of its words, and the first pairs are
 there early. For one run a GPU start the command once for each, with its CUDA_VISIBLE_DEVICES: sweeps of one file share
-its runs, as a run belongs to whom holds its file in logs/.
+its runs. A run belongs to the sweep that holds the lock of logs/.sweep-PROGRAM-START.
 
 Runs in the ledger are not repeated. One whose losses failed is a result. One that crashed is tried again by the next
 command, three times in all. With --checkpoint-every a run that was stopped goes on from its checkpoint, which is
@@ -72,8 +72,8 @@ def read_variations(path: Path) -> list[Line]:
         if len(text) > 2**16:
             raise ValueError
     except ValueError:
-        raise ValueError(f"{path} is no file of variations: it is a text of at most 64 KiB, one `NAME: OVERRIDES` a line"
-                         ) from None
+        raise ValueError(f"{path} is no file of variations: it is a text of at most 64 KiB, one `NAME: OVERRIDES` a "
+                         "line") from None
     found = []
     for number, text in enumerate(text.split("\n"), 1):
         try:
@@ -84,8 +84,8 @@ def read_variations(path: Path) -> list[Line]:
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
     if not found:
-        raise ValueError(f"{path} has no variation: write one `NAME: OVERRIDES` a line, first what the others are compared "
-                         "with")
+        raise ValueError(f"{path} has no variation: write one `NAME: OVERRIDES` a line, first what the others are "
+                         "compared with")
     return found
 
 
@@ -158,8 +158,8 @@ def check_alike(states: dict):
     for folder, (state, hp) in states.items():
         first, (begun, before) = next(iter(states.items()))
         if (state["step"], hp) != (begun["step"], before):
-            raise ValueError(f"--fork-from: {folder} is at step {state['step']}, {first} at {begun['step']}, or of other "
-                             "values: forks are pairs where all begin at one step of one recipe")
+            raise ValueError(f"--fork-from: {folder} is at step {state['step']}, {first} at {begun['step']}, or of "
+                             "other values: forks are pairs where all begin at one step of one recipe")
         if (other := seeds.setdefault(state["seed"], folder)) != folder:
             raise ValueError(f"--fork-from: {folder} and {other} are both of seed {state['seed']}: give one of them")
 
@@ -185,15 +185,16 @@ def plan_of(options: argparse.Namespace, answer: dict, before: list[Plan]) -> Pl
     where forks would be mixed with runs from their first step."""
     variations = [Variation(**variation) for variation in answer["variations"]]
     old = before[-1].starts if before else []
-    seeds = range(options.seed, options.seed + (options.seeds or SEEDS))
-    new = [(seed, fork) for seed, fork in answer["forks"]] or [(seed, "") for seed in seeds]
-    if old and not options.fork_from and not options.seeds:
+    first = options.seed or 0
+    new = [(seed, fork) for seed, fork in answer["forks"]]
+    if not new and (options.seeds, options.seed) == (None, None) and old and not old[0][1]:
         new = old
+    new = new or [(seed, "") for seed in range(first, first + (options.seeds or SEEDS))]
     kinds = {first_step(start) for start in (*old, *new)}
     if len(kinds) > 1:
         raise ValueError(f"{options.file}.jsonl holds runs from step {first_step(old[0])}, these are from step "
-                         f"{first_step(new[0])}, and they do not compare: take a copy of {options.file}")
-    return Plan(now(), options.file, list(dict.fromkeys(map(tuple, (*old, *new)))), variations)
+                         f"{first_step(new[0])}, and they do not compare: go on as it began, or copy {options.file}")
+    return Plan(now(), options.file, list(dict.fromkeys((*old, *new))), variations)
 
 
 def first_step(start: Start) -> int:
@@ -250,6 +251,10 @@ class Signals:
             self.child.send_signal(number)
 
 
+class Bar(tqdm):
+    monitor_interval = 0  # no thread, as processes are forked (APART)
+
+
 def claim(variation: Variation, start: Start) -> BinaryIO | None:
     """A file in logs/, locked as long as this sweep or a process of the run lives; None where another has the lock. It
     takes what the run says on stderr, and the name of its log, which is how a later sweep finds its checkpoint."""
@@ -293,6 +298,10 @@ def to_come(plan: Plan, path: str) -> list[tuple[Variation, Start]]:
             if not over(ends[variation.source_sha256][start])]
 
 
+def steps_of(runs: list[tuple[Variation, Start]]) -> int:
+    return sum(variation.last_step - first_step(start) for variation, start in runs)
+
+
 def train(trainer: list[str], variation: Variation, start: Start, every: int, file: BinaryIO, signals: Signals,
           reached: Callable[[int, str], None]) -> Run | None:
     """Start a run, or go on with it, and wait for its end. `reached` gets the step and the losses of each validation.
@@ -304,8 +313,8 @@ def train(trainer: list[str], variation: Variation, start: Start, every: int, fi
         file.truncate(0)
         words = [*origin(start), *variation.overrides, *(["--checkpoint-every", str(every)] if every else [])]
     began = time.time()
-    child = subprocess.Popen([*trainer, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=file, text=True,
-                             errors="replace", env=environment(), **APART)
+    child = subprocess.Popen([*trainer, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=file,
+                             text=True, errors="replace", env=environment(), **APART)
     signals.child = child
     if signals.stop:  # since before there was a child
         child.terminate()
@@ -359,8 +368,7 @@ def ended(variation: Variation, start: Start, log: str, code: int, said: str, se
         why = str(error)
     loss = last_loss(log, variation.metric, trial)
     status, why = ((FAILED, trial.failed) if trial.failed else
-                   (FINISHED, "") if code == 0 and trial.last_step == variation.last_step and loss is not None else
-                   (CRASHED, why))
+                   (FINISHED, "") if trial.last_step == variation.last_step and loss is not None else (CRASHED, why))
     return Run(variation.name, variation.overrides, variation.source_sha256, variation.metric, *start, status, why, log,
                trial.last_step, loss if status == FINISHED else None, trial.device if log else "", trial.world,
                round(seconds, 1), now())
@@ -381,18 +389,19 @@ def sweep(plan: Plan, path: str, trainer: list[str], every: int) -> int:
     """Run what the plan asks for and the ledger lacks, then show the table. The exit code is 0 where every run has
     ended as its losses have it."""
     signals, tried, stopped = Signals(), set(), ""
-    with tqdm(leave=False, disable=None, smoothing=0, unit=" steps",
-              bar_format="{desc} {percentage:3.0f}%|{bar:10}| {n}/{total} steps{postfix} [{elapsed}<{remaining}]") as bar:
+    shown = "{desc} {percentage:3.0f}%|{bar:10}| {n}/{total} steps{postfix} [{elapsed}<{remaining}]"
+    with Bar(total=steps_of(to_come(plan, path)), leave=False, disable=None, smoothing=0, bar_format=shown) as bar:
         while not signals.stop and not stopped and (taken := take(plan, path, tried)):
             variation, start, file = taken
             tried.add((variation.source_sha256, start))
             left = to_come(plan, path)
-            before, bar.total = bar.n, bar.n + sum(v.last_step - first_step(s) for v, s in left)
+            before, bar.total = bar.n, bar.n + steps_of(left)
             bar.set_description_str(f"{variation.name} {said_of(start)}, {count(len(left), 'run')} to come")
 
             def reached(step: int, losses: str):
+                bar.set_postfix_str(losses, refresh=False)
                 bar.update(before + step - first_step(start) - bar.n)
-                bar.set_postfix_str(losses)  # and show both: validations are rare
+                bar.refresh()  # validations are rare
 
             with file:
                 run = train(trainer, variation, start, every, file, signals, reached)
@@ -407,14 +416,13 @@ def sweep(plan: Plan, path: str, trainer: list[str], every: int) -> int:
                     if variation == plan.variations[0]:
                         stopped = "the first variation has crashed, and the others are compared with it"
     print(desk.text(desk.sweep(ledger_of(path))))
-    left = [(variation.source_sha256, start) for variation, start in to_come(plan, path)]
-    others = len(set(left) - tried)
-    why = ("stopped" if signals.stop else stopped if stopped else
-           f"another sweep, which lives, has {count(others, 'run')}" if others else
-           f"{count(len(left), 'run')} crashed" if left else "")
-    if why:
+    left = {(variation.source_sha256, start) for variation, start in to_come(plan, path)}
+    if left:
+        why = ("stopped" if signals.stop else stopped or (
+            f"another sweep, which lives, has {count(len(left - tried), 'run')}" if left - tried else
+            f"{count(len(left), 'run')} crashed"))
         print(f"sweep: {why}; the same command goes on", file=sys.stderr)
-    return int(bool(why))
+    return int(bool(left))
 
 
 def count(number: int, noun: str) -> str:
@@ -427,8 +435,8 @@ def said_of(start: Start) -> str:
 
 def line_of(run: Run) -> str:
     end = f"{run.metric} {run.loss:.5f}" if run.status == FINISHED else f"{run.status}: {run.why}"
-    return ", ".join(filter(None, [f"{run.name} {said_of(run.start)}: {end}", f"step {run.step}", f"{run.seconds:.0f} s",
-                                   run.log]))
+    return ", ".join(filter(None, [f"{run.name} {said_of(run.start)}: {end}", f"step {run.step}",
+                                   f"{run.seconds:.0f} s", run.log]))
 
 
 ########################################
@@ -439,9 +447,10 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="./run.sh sweep", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="+", metavar="FILE | NAME=VALUE | STAGE.KNOB=VALUE | @RECIPE")
-    parser.add_argument("--seeds", type=int, metavar="K", help="of each variation: pairs (default: those of the ledger, "
-                        f"or {SEEDS}); more of them later count as another look, so choose before")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="the first of them (default 0)")
+    parser.add_argument("--seeds", type=int, metavar="K",
+                        help=f"pairs of each variation (default {SEEDS}, or those of the ledger, which more are added "
+                             "to); every table that they are added to costs certainty: choose before")
+    parser.add_argument("--seed", type=int, metavar="S", help="the first of them (default 0)")
     parser.add_argument("--fork-from", action="append", default=[], metavar="CHECKPOINT",
                         help="begin there; several times: one checkpoint for each of some seeds, at one step")
     parser.add_argument("--checkpoint-every", type=int, default=0, metavar="N", help="steps; lets a run go on")
@@ -455,9 +464,9 @@ def parse(words: list[str]) -> argparse.Namespace:
         complain(f"{len(files)} files of variations ({' '.join(files)}): give one" if files else
                  "no file of variations: write one with a line `NAME: OVERRIDES` for each, and give its name")
     options.file, options.words = files[0], [word for word in options.words if word != files[0]]
-    if options.fork_from and (options.seeds or options.seed):
+    if options.fork_from and (options.seeds, options.seed) != (None, None):
         complain("--fork-from: a fork has its checkpoint's seed, and every checkpoint is one pair; leave --seeds out")
-    if options.seeds is not None and options.seeds < 1 or options.seed < 0 or options.checkpoint_every < 0:
+    if options.seeds is not None and options.seeds < 1 or (options.seed or 0) < 0 or options.checkpoint_every < 0:
         complain("--seeds is at least 1, --seed and --checkpoint-every are not negative")
     return options
 
@@ -481,8 +490,8 @@ def main(words: list[str]) -> int:
     except (OSError, ValueError) as error:
         complain(error)
     left = to_come(plan, path)
-    print(f"{count(len(plan.variations), 'variation')} x {count(len(plan.starts), 'start')}, {count(len(left), 'run')} to come; "
-          f"ledger {path}")
+    print(f"{count(len(plan.variations), 'variation')} x {count(len(plan.starts), 'start')}, "
+          f"{count(len(left), 'run')} to come; ledger {path}")
     if left:
         first = plan.variations[0].overrides
         if subprocess.call([sys.executable, "-m", "harness.doctor", "--", *origin(plan.starts[0]), *first],

@@ -156,7 +156,8 @@ def plan(options: argparse.Namespace) -> int:
     return show(result, desk.text(result), options)
 
 
-@verb("sweep lr.txt.jsonl", argument("ledger", metavar="LEDGER", help="what ./run.sh sweep FILE wrote: FILE.jsonl"), JSON)
+@verb("sweep lr.txt.jsonl", JSON,
+      argument("ledger", metavar="LEDGER", help="what ./run.sh sweep FILE has written: FILE.jsonl"))
 def sweep(options: argparse.Namespace) -> int:
     """which variations of a sweep are better than the first of its file? in pairs, corrected for their number"""
     from records import sweep as desk

@@ -8,8 +8,8 @@ the one that counts. The first of its variations is the one that the others are 
 variation by `source_sha256`, since a variation that was edited is another one of the same name; two runs are a pair
 where `seed` and `fork` are the same.
 
-A run that is still going, or that was told to stop and will be resumed, has no line. One that failed has one, and so has
-each attempt that crashed.
+A run that is still going, or that was told to stop and will be resumed, has no line. One that failed has one, and so
+has each attempt that crashed.
 """
 
 import json

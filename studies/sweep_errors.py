@@ -2,16 +2,16 @@
 
     python -m studies.sweep_errors [--tables N]
 
-A run's loss is its seed's part and its own, normal, so that a run deviates by .001 and the difference of a pair by .0004
-to .001, as runs of the track do (.0009 to .0011, and .0004 to .00098 within one lineage: their published logs); each
-variation has a deviation of its own, drawn from that range. `one table`: K pairs, one look. `up to 4 tables`: a person
+A run's loss is its seed's part and its own, normal, so that a run deviates by .001 and the difference of a pair by
+.0004 to .001, as runs of the track do (.0009 to .0011, and .0004 to .00098 within one lineage: their published logs);
+each variation has a deviation of its own, drawn from that range. `one table`: K pairs, one look. `up to 4 tables`: a person
 adds the fewest pairs that the table says would decide something, at most 16 at a time, and looks again. `wrong`: sweeps
 that show a table in which a variation that is as good as the first is called better or worse, or one that is not is
-called its opposite. `real`: none, where most can go wrong; or half, every second variation being .001 better or worse in
-turn, of which `found` are called so in the last table.
+called its opposite. `real`: none, where most can go wrong; or half, every second variation being .001 better or worse
+in turn, of which `found` are called so in the last table.
 
 5% of `wrong` is what the desk states, and what the sum of the levels of all tables and variations comes to; N simulated
-sweeps tell such a rate to +- 2 sqrt(.05 .95 / N), which is .7% for 4000.
+sweeps tell such a rate to +- 2 sqrt(.05 .95 / N), which is 1% for 2000.
 """
 
 import argparse
@@ -54,7 +54,8 @@ def tables(source: random.Random, effects: list[float], pairs: int, most: int):
     for _ in range(most):
         starts = range(done, done + pairs)
         done += pairs
-        lines += [Plan("", "", [(seed, "") for seed in range(done)], variations), *runs_of(source, effects, sds, starts)]
+        plan = Plan("", "", [(seed, "") for seed in range(done)], variations)
+        lines += [plan, *runs_of(source, effects, sds, starts)]
         yield (table := sweep(Ledger("simulated", lines)))
         advised = [row["more"] for row in table["variations"] if row["outcome"] == "open" and row["more"]]
         if not advised:
@@ -83,11 +84,12 @@ def simulate(source: random.Random, count: int, pairs: int, most: int, real: boo
 def main(words: list[str] | None = None):
     parser = argparse.ArgumentParser(prog="python -m studies.sweep_errors", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", type=int, default=4000, metavar="N", help="simulated a row (default 4000)")
+    parser.add_argument("--tables", type=int, default=2000, metavar="N", help="simulated a row (default 2000)")
     parser.add_argument("-o", dest="out", type=Path, default=RESULTS, metavar="FOLDER")
     args = parser.parse_args(words)
     source = random.Random(0)
-    kinds = [(2, 1, False), (4, 1, False), (8, 1, False), (4, TABLES, False), (4, 1, True), (8, 1, True), (4, TABLES, True)]
+    kinds = [(2, 1, False), (4, 1, False), (8, 1, False), (4, TABLES, False),
+             (4, 1, True), (8, 1, True), (4, TABLES, True)]
     cases = [(count, *kind) for kind in kinds for count in (2, 8, 32)]
     rows = [simulate(source, *case, args.tables) for case in tqdm(cases, unit="row", disable=None)]
     reading = __doc__.split("\n\n", 2)[2].rstrip()

@@ -196,8 +196,9 @@ def test_manifests(checkpoint, manifest):
 # ---- files of variations ----
 
 word = st.text(st.characters(categories=("L", "N", "P", "S"), include_characters=" "), max_size=8)
-variations = st.lists(st.tuples(st.from_regex(r"[\w.+-]+", fullmatch=True), st.lists(word.map("x={}".format), max_size=3)),
-                      min_size=1, max_size=4, unique_by=lambda line: line[0])
+named = st.tuples(st.from_regex(r"[\w.+-]+", fullmatch=True), st.lists(word.map("x={}".format), max_size=3))
+variations = st.lists(named, min_size=1, max_size=4, unique_by=lambda line: line[0])
+marks = st.text(st.sampled_from("ab=: '\"\\\n#@-\0é"), max_size=60).map(str.encode)
 
 
 @settings(EXAMPLES, max_examples=150)
@@ -210,7 +211,7 @@ def test_variations_are_read_as_a_shell_would(tmp_path, lines, comments):
 
 
 @settings(EXAMPLES, max_examples=150)
-@given(raw=st.one_of(st.binary(max_size=60), st.text(st.sampled_from("ab=: '\"\\\n#@-\0é"), max_size=60).map(str.encode)))
+@given(raw=st.one_of(st.binary(max_size=60), marks))
 def test_any_file_of_variations_is_read_or_refused(tmp_path, raw):
     """Kills: a traceback; a refusal that does not name the file; a variation without a name, or two of one name."""
     (tmp_path / "v").write_bytes(raw)

@@ -110,7 +110,8 @@ def test_run_sh_sweeps(tmp_path):
         stub = tmp_path / name
         stub.parent.mkdir(parents=True, exist_ok=True)
         stub.write_text('#!/bin/sh\ncase "$*" in *find_gpus*|*device_count*) echo $GPUS; exit;; esac\n'
-                        'case "$*" in *--fineweb-shards*) echo data/cached_fineweb10B.py 17;; esac\necho "$*" >> calls\n')
+                        'case "$*" in *--fineweb-shards*) echo data/cached_fineweb10B.py 17;; esac\n'
+                        'echo "$*" >> calls\n')
         stub.chmod(0o755)
     (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")
 
@@ -122,7 +123,8 @@ def test_run_sh_sweeps(tmp_path):
         return (tmp_path / "calls").read_text().splitlines() or run.stderr
     assert calls(GPUS="8") == ["-m harness.sweep --fineweb-shards lr.txt --seeds 2", "data/cached_fineweb10B.py 17",
                                "-m harness.sweep --nproc_per_node=8 lr.txt --seeds 2"]
-    assert calls(GPUS="0") == ["data/local.py --encoding bytes", "-m harness.sweep --nproc_per_node=1 @tiny lr.txt --seeds 2"]
+    assert calls(GPUS="0") == ["data/local.py --encoding bytes",
+                               "-m harness.sweep --nproc_per_node=1 @tiny lr.txt --seeds 2"]
     assert calls(1, GPUS="8", NNODES="2", NODE_RANK="0", MASTER_ADDR="a").startswith("run.sh: sweep is for one machine")
 
 

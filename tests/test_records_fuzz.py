@@ -19,10 +19,8 @@ from test_records import MACHINE, OURS, RULE, curve, write  # noqa: E402
 
 from records import neurons  # noqa: E402
 from records.__main__ import main  # noqa: E402
-from records.ledger import read_ledger  # noqa: E402
 from records.log import interpret  # noqa: E402
 from records.sample import from_logs  # noqa: E402
-from records import sweep  # noqa: E402
 from records.verify import markdown, text, verify  # noqa: E402
 
 CURVES = [{0: 10.82584, 3000: 3.30123, 3175: 3.28345, 3200: 3.27951},
@@ -156,7 +154,8 @@ def test_a_bomb_among_the_neurons(tmp_path, monkeypatch, capsys):
 
 DIFFERENCES = [0.0010, -0.0012, 0.0003, -0.0004]  # by no two of them, nor all, is a difference shown
 RUN = dict(line="run", name="b", overrides=["x=1"], source_sha256="of b", metric="val_loss", seed=0, fork="",
-           status="finished", why="", log="logs/a.txt", step=3200, loss=3.28, device="a GPU", world=8, seconds=504.2, time="")
+           status="finished", why="", log="logs/a.txt", step=3200, loss=3.28, device="a GPU", world=8, seconds=504.2,
+           time="")
 LEDGER = "".join(json.dumps(line) + "\n" for line in [
     dict(line="plan", time="", file="v.txt", starts=[[seed, ""] for seed in range(4)], variations=[
         dict(name=name, overrides=[], source_sha256=f"of {name}", metric="val_loss", last_step=3200) for name in "ab"]),

@@ -44,7 +44,8 @@ def table(*lines) -> dict:
 
 def test_pairs_are_of_one_start():
     """Kills: pairs by order; a deviation between runs for that of differences; the wrong correction. By hand: Student's
-    t of the differences, p times 2 for Holm's first of two and over the .8 of the first table; the other's is p / .8."""
+    t of the differences; p is times 2, for Holm's first of two, and over .8, for the first table; the other's over .8.
+    """
     found = table(plan("a b c"), *reversed(runs(a=BASE, b=BETTER, c=UNCLEAR)))
     b, c = paired(BETTER, BASE), paired(UNCLEAR, BASE)
     assert (found["b"]["difference"], found["c"]["difference"]) == pytest.approx((b.value, c.value))
@@ -158,7 +159,8 @@ def test_the_verb(tmp_path, capsys):
         file.write('{"line": "run", "na')
     assert main(["sweep", path, "--json"]) == 0
     out, err = capsys.readouterr()
-    assert json.loads(out)["variations"][1]["outcome"] == "better" and err == f"skipped: {path}:14: the line is cut off\n"
+    assert json.loads(out)["variations"][1]["outcome"] == "better"
+    assert err == f"skipped: {path}:14: the line is cut off\n"
     assert main(["sweep", write(tmp_path / "w.jsonl", *lines[:-1])]) == 1
 
 
