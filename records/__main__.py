@@ -188,8 +188,8 @@ def list_(options: argparse.Namespace) -> int:
     return show(result, leaderboard.text(result), options)
 
 
-@verb("leaderboard modded-nanogpt/records/track_3_optimization/README.md",
-      argument("file", metavar="README.md", help="of a checkout of upstream, whose results/ are beside it"), JSON)
+@verb("leaderboard upstream/records/track_3_optimization",
+      argument("file", metavar="README.md", help="in upstream's records/track_3_optimization"), JSON)
 def leaderboard(options: argparse.Namespace) -> int:
     """bring the published figures up to a newer table of upstream's; code 1 where a row of it cannot be read"""
     from records import upstream as desk
@@ -206,18 +206,18 @@ def neurons(options: argparse.Namespace) -> int:
     return 0
 
 
-@verb("submit logs/RUN.txt --name my_rule --base 46_rowfloor_cwd", LOGS,
+@verb("submit logs/RUN.txt --name my_rule", LOGS,
       argument("--name", required=True, metavar="NAME", help="the folder is DATE_NAME"),
       argument("-o", metavar="FOLDER", dest="place", default=".", help="where to make it (default: here)"),
-      argument("--base", metavar="BASE", help="what to show the difference to: a recipe, a log or a .py file (default: "
-               "the recipe that differs in the fewest knobs)"),
+      argument("--base", metavar="BASE", help="recipe, log or .py file to hold the program against (default: the "
+               "nearest recipe)"),
       argument("--against", type=int, metavar="N", help="for the pairwise rule (default: the published record)"),
-      argument("--tuning-seeds", type=int, nargs="+", default=[], metavar="S", help="seeds that constants were tuned "
-               "with: their runs are listed and do not count"),
+      argument("--tuning-seeds", type=int, nargs="+", default=[], metavar="S", help="their runs are listed and do not "
+               "count"),
       argument("--hardware", metavar="WHY", help="count runs on several devices, and say why"),
-      argument("--ledger", nargs="+", default=[], metavar="FILE", help="of sweeps: all their runs of the program count"))
+      argument("--ledger", nargs="+", default=[], metavar="FILE", help="of sweeps: their runs count too"))
 def submit(options: argparse.Namespace) -> int:
-    """the folder of a result for upstream: all runs of a program, README, figures, row; code 1 where none passes"""
+    """the folder of a result for upstream: logs, README, figures, row"""
     from records import submit as desk
     result, folder = desk.submit(options.logs, options.name, options.place, options.base, options.against,
                                  options.tuning_seeds, options.hardware, options.ledger)
