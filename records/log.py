@@ -227,11 +227,12 @@ def load(names: list[str], metric: str | None = None) -> list[Log]:
         if log.unread:
             more = f" and {len(log.unread) - 1} more" * (len(log.unread) > 1)
             print(f"skipped: {log.path}: no whole loss in the line {log.unread[0][:80]!r}{more}", file=sys.stderr)
-    return drop_repeats(logs)
+    drop_repeats(logs)
+    return logs
 
 
-def drop_repeats(logs: list[Log]) -> list[Log]:
-    """Keep every curve once, and the logs that have one: a copied log, or a seed run twice, is not more evidence."""
+def drop_repeats(logs: list[Log]) -> None:
+    """Keep every curve once: a copied log, or a seed run twice, is not more evidence."""
     first: dict[str, Trial] = {}
     for log in logs:
         for trial in list(log.trials):
@@ -242,7 +243,6 @@ def drop_repeats(logs: list[Log]) -> list[Log]:
             if original is not trial:
                 log.trials.remove(trial)
                 print(f"dropped: {trial.name} repeats {original.name}", file=sys.stderr)
-    return [log for log in logs if log.trials]
 
 
 def put(path: Path | str, write: Callable[[Path], object]) -> None:

@@ -116,9 +116,10 @@ def from_published(record: int, metric: str | None = None) -> Sample:
 
 
 def groups(logs: list[Log]) -> list[list[Log]]:
-    """The logs by what decides their result: the program, then the device."""
+    """The logs by what decides their result: the program, then the device. A log whose curves are all another's is in
+    none."""
     found: dict[tuple, list[Log]] = {}
-    for log in logs:
+    for log in (log for log in logs if log.trials):
         found.setdefault((recipe(log.source), log.trials[0].device), []).append(log)
     return list(found.values())
 
