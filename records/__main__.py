@@ -208,8 +208,8 @@ def list_(options: argparse.Namespace) -> int:
     return show(result, leaderboard.text(result), options)
 
 
-@verb("leaderboard track_3_optimization/README.md",
-      argument("file", metavar="README.md", help="of a checkout of upstream, whose results/ are beside it"), JSON)
+@verb("leaderboard upstream/records/track_3_optimization",
+      argument("file", metavar="README.md", help="in upstream's records/track_3_optimization"), JSON)
 def leaderboard(options: argparse.Namespace) -> int:
     """bring the published figures up to a newer table of upstream's; code 1 where a row of it cannot be read"""
     from records import upstream as desk
@@ -229,15 +229,15 @@ def neurons(options: argparse.Namespace) -> int:
 @verb("submit logs/RUN.txt --name my_rule", LOGS,
       argument("--name", required=True, metavar="NAME", help="the folder is DATE_NAME"),
       argument("-o", metavar="FOLDER", dest="place", default=".", help="where to make it (default: here)"),
-      argument("--base", metavar="BASE", help="a recipe, log or .py file that it changes (default: the recipe that "
-               "differs least)"),
+      argument("--base", metavar="BASE", help="recipe, log or .py file to hold the program against (default: the "
+               "nearest recipe)"),
       argument("--against", type=int, metavar="N", help="for the pairwise rule (default: the published record)"),
-      argument("--tuning-seeds", type=int, nargs="+", default=[], metavar="S", help="seeds of the tuning: listed, and "
-               "not counted"),
+      argument("--tuning-seeds", type=int, nargs="+", default=[], metavar="S", help="their runs are listed and do not "
+               "count"),
       argument("--hardware", metavar="WHY", help="count runs on several devices, and say why"),
-      argument("--ledger", nargs="+", default=[], metavar="FILE", help="of sweeps: all their runs of the program count"))
+      argument("--ledger", nargs="+", default=[], metavar="FILE", help="of sweeps: their runs count too"))
 def submit(options: argparse.Namespace) -> int:
-    """the folder of a result for upstream; code 1 where no step passes"""
+    """the folder of a result for upstream: logs, README, figures, row"""
     from records import submit as desk
     result, folder = desk.submit(options.logs, options.name, options.place, options.base, options.against,
                                  options.tuning_seeds, options.hardware, options.ledger)

@@ -248,13 +248,12 @@ def survey(paths: list[Path], metric: str | None = None, read: Callable[..., Log
         if log.unread:
             more = f" and {len(log.unread) - 1} more" * (len(log.unread) > 1)
             left_out.append(f"skipped: {log.path}: no whole loss in the line {log.unread[0][:80]!r}{more}")
-    kept, dropped = drop_repeats(logs)
-    return kept, left_out + dropped
+    return logs, left_out + drop_repeats(logs)
 
 
-def drop_repeats(logs: list[Log]) -> tuple[list[Log], list[str]]:
-    """Keep every curve once, and the logs that have one: a copied log, or a seed run twice, is not more evidence. A
-    line for each curve that is dropped."""
+def drop_repeats(logs: list[Log]) -> list[str]:
+    """Keep every curve once: a copied log, or a seed run twice, is not more evidence. A line for each that is
+    dropped."""
     first: dict[str, Trial] = {}
     dropped = []
     for log in logs:
@@ -266,7 +265,7 @@ def drop_repeats(logs: list[Log]) -> tuple[list[Log], list[str]]:
             if original is not trial:
                 log.trials.remove(trial)
                 dropped.append(f"dropped: {trial.name} repeats {original.name}")
-    return [log for log in logs if log.trials], dropped
+    return dropped
 
 
 def put(path: Path | str, write: Callable[[Path], object]) -> None:

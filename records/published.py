@@ -24,6 +24,7 @@ class Result(NamedTuple):
     device: str  # of its logs; nothing where they are not public, or do not tell
 
 
+@cache
 def rows(name: str) -> list[dict[str, str]]:
     with open(FOLDER / name, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -37,6 +38,12 @@ def results() -> dict[int, Result]:
                                    row["summary"], row["metric"], row["device"])
         for row in rows("track3_records.csv")
     }
+
+
+def forget() -> None:
+    """What was read, where the files have changed since."""
+    for cached in (rows, results, curves):
+        cached.cache_clear()
 
 
 def result(record: int) -> Result:
@@ -65,6 +72,7 @@ def moments(record: int) -> tuple[int, dict[int, Moments]]:
     return min(found.items(), key=lambda item: abs(item[1].get(claim.step, Moments(0, 0, None)).n - claim.n))
 
 
+@cache
 def curves(record: int, metric: str | None = None) -> dict[int, dict[int, float]]:
     """Every run's own curve of the metric, by default the claimed one, where it was published; by the run's place in
     the folder, or its seed."""

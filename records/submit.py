@@ -54,7 +54,8 @@ def submit(names: list[str], name: str, place: str, base: str | None, against: i
     if why := mixture(named, []):
         raise ValueError(f"{why}: a submission is of one program")
     known = ledger_runs(ledgers, named)
-    logs, _ = drop_repeats([*named, *same_program(named, [run.log for _, run in known])])
+    logs = [*named, *same_program(named, [run.log for _, run in known])]
+    drop_repeats(logs)
     why = reasons(logs, {trial.device for log in named for trial in log.trials}, tuning)
     sample = from_logs(name, without(logs, why), ("devices",) if hardware else ())
     if sample.mixture:
@@ -73,7 +74,7 @@ def submit(names: list[str], name: str, place: str, base: str | None, against: i
         (folder / "train_gpt.py").write_bytes(counted[0].source)
         (folder / "README.md").write_text(readme, encoding="utf-8")
         plot_apart([sample], [old] * ((old.metric, old.target) == (sample.metric, sample.target)), folder)
-        if rest := [log for log in logs if log not in counted]:
+        if rest := [log for log in logs if log.trials and log not in counted]:
             (folder / NOT_COUNTED).mkdir()
             copy(rest, folder / NOT_COUNTED)
 

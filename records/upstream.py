@@ -188,8 +188,8 @@ def read_trials(paths: list[Path]) -> list[tuple[str, Trial]]:
                 logs.append(interpret(str(path), content, metric))
             except ValueError:  # metadata and standard output
                 continue
-        found += [(metric, trial) for log in drop_repeats(logs)[0] for trial in log.trials
-                  if trial.losses and not trial.fault]
+        drop_repeats(logs)
+        found += [(metric, trial) for log in logs for trial in log.trials if trial.losses and not trial.fault]
     return found
 
 
@@ -203,7 +203,7 @@ def write(results: dict[int, Result], read_anew: dict[int, Figures | None]) -> l
     for record, figures in read_anew.items():
         files[f"record_{record:02}_curves.csv"] = curves_of(figures) if figures else None
     written = put_all(files)
-    published.results.cache_clear()  # of which the reference is made
+    published.forget()  # the reference is made of what is there now
     return written + put_all({"reference.csv": published.references()})
 
 
@@ -233,11 +233,10 @@ def put_all(files: dict[str, str | None]) -> list[str]:
 
 
 def table_of(results: dict[int, Result]) -> str:
-    file = io.StringIO(newline="")
-    writer = csv.writer(file)
-    writer.writerow(["record", "steps_to_3.28", "mean_val_loss", "n", "world_record", "date", "pull_request", "summary",
-                     "metric", "device"])
-    writer.writerows([*row[:4], int(row.world_record), *row[5:]] for _, row in sorted(results.items()))
+    """Its columns are the fields of `Result`, in their order."""
+    file = io.StringIO(content(TABLE).splitlines(keepends=True)[0], newline="")
+    file.seek(0, io.SEEK_END)
+    csv.writer(file).writerows([*row[:4], int(row.world_record), *row[5:]] for _, row in sorted(results.items()))
     return file.getvalue()
 
 

@@ -40,10 +40,10 @@ def checkout(tmp_path, monkeypatch) -> Path:
         (published.FOLDER / "track3_curves.csv").read_bytes().splitlines(keepends=True)[0])
     (folder / "reference.csv").write_text("")
     monkeypatch.setattr(published, "FOLDER", folder)
-    published.results.cache_clear()
+    published.forget()
     assert main(["leaderboard", str(readme)]) == 0
     yield readme
-    published.results.cache_clear()
+    published.forget()
 
 
 def files() -> dict[str, bytes]:
@@ -55,7 +55,7 @@ def leaderboard(capsys, readme: Path) -> tuple[int, str, str, set[str]]:
     capsys.readouterr()
     before = files()
     status = main(["leaderboard", str(readme)])
-    published.results.cache_clear()
+    published.forget()
     after = files()
     changed = {name for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
     return status, *capsys.readouterr(), changed
@@ -71,7 +71,7 @@ def test_nothing_new_changes_no_file(checkout, capsys):
     """Kills: a file written anew, with words of upstream's in place of ours, though no row is another."""
     path = published.FOLDER / "track3_records.csv"
     path.write_bytes(path.read_bytes().replace(b'"Setup from #1, plus this"', b"ours"))
-    published.results.cache_clear()
+    published.forget()
     times = {path: path.stat().st_mtime_ns for path in published.FOLDER.iterdir()}
     assert leaderboard(capsys, checkout) == (0, "nothing has changed\n", "", set())
     assert leaderboard(capsys, checkout.parent) == (0, "nothing has changed\n", "", set())  # the folder will do

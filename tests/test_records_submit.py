@@ -98,7 +98,8 @@ def test_a_whole_attempt(tmp_path, capsys):
 
     readme = (folder / "README.md").read_text()
     mean = sum(run[3150] for run in CURVES[:6]) / 6
-    assert f"Step 3150: mean `val_loss` {mean:.6f}, n=6" in readme and "**PASS**" in readme
+    statistic = f"n=6; (3.28 - mean) sqrt(n) = {(3.28 - mean) * 6**0.5:.5f} >= 0.004: **PASS**"
+    assert f"Step 3150: mean `val_loss` {mean:.6f}, {statistic}" in readme
     assert f"| seed 5 | {CURVES[5][3125]:.5f} | {CURVES[5][3150]:.5f} |" in readme
     assert "| run-6.txt | 6 | - | stopped at step 1875 of 3200 |" in readme
     assert "6 runs count; 5 more" in readme and "| early.txt | 8 | - | stopped at step 3000 of 3200 |" in readme
