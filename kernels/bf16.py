@@ -22,8 +22,8 @@ CPU_MULTIPLIES_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn.
 
 
 def assume_constant_result(function):
-    """torch.compiler's decorator of that name. That one imports Dynamo, which takes half of the time in which a run on
-    a CPU starts, and which such a run does not need."""
+    """torch.compiler's decorator of that name. That one imports Dynamo, which takes nearly half of the time in which a
+    run on a CPU starts, and which such a run does not need."""
     function._dynamo_marked_constant = True
     return function
 
