@@ -20,7 +20,7 @@ from records.log import Log, Trial, drop_repeats, load, read
 from records.plot import plot_apart
 from records.program import UPSTREAM_TARGET, parse, recipe, stages
 from records.published import Result
-from records.recipes import RECORDS, meaning, read_recipe, recipes, values
+from records.recipes import RECORDS, read_recipe, recipes, values
 from records.sample import Sample, from_logs, from_published, mixture, progress, usable
 from records.statistics import SCHEDULE_RATE, THRESHOLD, Claim, Moments, Pairwise, judge, pairwise
 
@@ -301,21 +301,20 @@ def stage_functions(source: bytes) -> dict[str, str]:
 
 def difference(log: Log, base: str | None) -> str:
     """What the program has unlike its base: by default the recipe of this project that differs in the fewest knobs."""
-    fields = values(log.source)
-    if base is None and "matrix_update" not in fields:
+    if base is None and "matrix_update" not in values(log.source):
         return f"## Against its base\n\n{BLANK} (`--base LOG` of `python -m records submit` writes the difference)"
-    base = base or min(recipes(), key=lambda name: distance(read_recipe(RECORDS / name / "recipe"), fields))
-    shown = fenced(diff.text(diff.diff(base, log.path) | {"a": Path(base).name, "b": "this program"}))
+    bases = [base] if base else [str(RECORDS / name) for name in recipes()]
+    found = min((diff.diff(each, log.path) for each in bases), key=distance)
+    name = Path(found["a"]).name
+    shown = fenced(diff.text(found | {"a": name, "b": "this program"}))
     if shown.count("\n") > 60:
         shown = f"<details>\n<summary>the difference, line by line</summary>\n\n{shown}\n\n</details>"
-    return f"## Against {Path(base).name}\n\n{shown}"
+    return f"## Against {name}\n\n{shown}"
 
 
-def distance(a: dict[str, str], b: dict[str, str]) -> int:
+def distance(found: dict) -> int:
     """The number of constants, and of stages of update rules, that differ."""
-    names = [name for name in a | b if meaning(a.get(name, "")) != meaning(b.get(name, ""))]
-    found = diff.compare_constants(a, b, names)
-    return len(found["constants"]) + sum(x != y for rule in found["rules"] for x, y in rule["stages"])
+    return len(found["constants"]) + sum(a != b for rule in found["rules"] for a, b in rule["stages"])
 
 
 def list_left_out(sample: Sample, runs: list[LeftOut]) -> str:
