@@ -25,7 +25,7 @@ ATTEMPTS = {  # and what each changes
 }
 CLAIMED = {"339_bimaxwell": 2635, "2540_open_claim": 2540}  # steps
 SIZE = ["num_layers=3", "model_dim=64", "head_dim=32", "val_every=1000", "val_every_late=1000"]
-QUICK = ["num_layers=1", "model_dim=16", "head_dim=8", "val_tokens=1024", "stop_step=30"]
+QUICK = ["num_layers=1", "model_dim=16", "head_dim=8", "val_tokens=1024", "stop_step=10"]
 
 
 def tenth(rule: str) -> str:
