@@ -3,7 +3,7 @@
     python -m studies.attempts [--quick -o FOLDER] [NAME=VALUE ...]
 
 Rules, rates and strengths are the recipes' own, and every number of steps is a tenth of theirs: a run ends at a tenth
-of the step that its base claims. Three layers, 64 wide, on bytes; the loss is the recipes' metric, in a blend of
+of the step that its base claims. Two layers, 64 wide, on bytes; the loss is the recipes' metric, in a blend of
 weights and average. NAME=VALUE overrides train_gpt.py's.
 """
 
@@ -24,7 +24,7 @@ ATTEMPTS = {  # and what each changes
     "attempt_tail_heat": "2540_open_claim",
 }
 CLAIMED = {"339_bimaxwell": 2635, "2540_open_claim": 2540}  # steps
-SIZE = ["num_layers=3", "model_dim=64", "head_dim=32", "val_every=1000", "val_every_late=1000"]
+SIZE = ["num_layers=2", "model_dim=64", "head_dim=32", "val_every=1000", "val_every_late=1000"]
 QUICK = ["num_layers=1", "model_dim=16", "head_dim=8", "val_tokens=1024", "stop_step=10"]
 
 
