@@ -91,7 +91,7 @@ def draw(lines: list[dict], other: str) -> Figure:
 
 def paragraph(lines: list[dict], hp: train_gpt.Hyperparameters) -> str:
     def named(seen):
-        return ", ".join(line["without"] for line in lines if (line["seen"] == "yes") == seen) or "none"
+        return "; ".join(line["without"] for line in lines if (line["seen"] == "yes") == seen) or "none"
     return f"""
         {hp.num_layers} layers, {hp.model_dim} wide, {hp.last_step} steps of {hp.batch_tokens} bytes of a horizon of
         {hp.train_steps}: #46's rule with a tenth of its steps, its rates and its strengths. The loss without a part
