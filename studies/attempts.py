@@ -2,8 +2,9 @@
 
     python -m studies.attempts [--quick -o FOLDER] [NAME=VALUE ...]
 
-Rules, rates and strengths are the recipes' own, and every number of steps is a tenth of theirs: a run ends at a tenth
-of the step that its base claims. Two layers, 64 wide, on bytes; the loss is the recipes' metric, in a blend of
+Rules and strengths are the recipes' own; every number of steps is a tenth of theirs, and a run ends at a tenth of the
+step that its base claims; every rate is a quarter of theirs, since at their own so small a run is chaotic, and pairs of
+equal seeds are as far apart as others. Two layers, 64 wide, on bytes; the loss is the recipes' metric, in a blend of
 weights and average. NAME=VALUE overrides train_gpt.py's.
 """
 
@@ -37,10 +38,11 @@ def tenth(rule: str) -> str:
 
 
 def shortened(name: str) -> list[str]:
-    """The words of a recipe of records/ with a tenth of its steps."""
+    """The words of a recipe of records/ with a tenth of its steps and a quarter of its rates."""
     hp = train_gpt.override([f"@{name}"])
     rules = [f"{field}={tenth(text)}" for field, text in vars(hp).items() if field.endswith(("_update", "_schedule"))]
-    return [f"@{name}", *rules, f"train_steps={hp.train_steps // 10}",
+    rates = [f"{field}={rate / 4}" for field, rate in vars(hp).items() if field.endswith("_lr")]
+    return [f"@{name}", *rules, *rates, f"train_steps={hp.train_steps // 10}",
             f"stop_step={CLAIMED[ATTEMPTS.get(name, name)] // 10}"]
 
 
@@ -54,8 +56,8 @@ def paragraph(lines: list[dict], hp: train_gpt.Hyperparameters) -> str:
     def named(found):
         return ", ".join(line["recipe"] for line in lines if found(line)) or "none"
     return f"""
-        {hp.num_layers} layers, {hp.model_dim} wide, steps of {hp.batch_tokens} bytes, a tenth of the recipes' steps,
-        their rates and strengths. The loss of an attempt less that of the recipe that it changes, mean of
+        {hp.num_layers} layers, {hp.model_dim} wide, steps of {hp.batch_tokens} bytes, a tenth of the recipes' steps, a
+        quarter of their rates, their strengths. The loss of an attempt less that of the recipe that it changes, mean of
         {lines[0]["n"]} pairs of equal seeds (a seed sets the initial weights, not the data), the lowest first; the
         intervals, by Student's t and Bonferroni's inequality, hold all together in 95% of cases. Better here:
         {named(lambda line: line["high"] < 0)}. Worse here: {named(lambda line: line["low"] > 0)}. Not told apart from
