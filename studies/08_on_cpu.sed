@@ -19,7 +19,7 @@ for block in model.blocks:\
     attn, fc, proj = block.attn, block.mlp.fc, block.mlp.proj\
     qkv = attn.q, attn.k, attn.v\
     for w in (*[x.weight for x in qkv], *[x.bias for x in qkv], attn.proj.weight, fc.weight, fc.bias, proj.weight):\
-        w.data.copy_((2 * torch.rand(w.shape) - 1) / (w.size(1) if w.ndim == 2 else 64)**0.5)
+        w.data.copy_((2 * torch.rand(w.shape) - 1) / (w.size(1) if w.ndim == 2 else fc.weight.size(1))**0.5)
 s/lr=0.3)/lr=0.075)/
 s,lr=1/320),lr=1/640),
 s/lr=0.01)/lr=0.0025)/

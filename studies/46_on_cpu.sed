@@ -19,13 +19,20 @@
 # and #46's once more, with `-o studies/results/parity_46_average` and metric=val_ema_loss: of the same runs, the loss of
 # their average.
 #
+# At twice the width, these and the scripts of 08_on_cpu.sed: the script by
+#
+#   for n in 08 36 44 46; do sed s/model_dim=64/model_dim=128/ logs/${n}_on_cpu.py > logs/${n}_wide.py; done
+#
+# and the pairs as above, with that script, `--runs logs/wide_$n -o studies/results/parity_${n}_wide` and, as the last
+# word, model_dim=128.
+#
 # In the order in which train_gpt.py draws, from one generator:
 /# --seed S/a\
 model.embed.weight.data.copy_(torch.randn(model.embed.weight.shape))\
 for block in model.blocks:\
     qkv, fc = (block.attn.q, block.attn.k, block.attn.v), block.mlp.fc\
     for w in (*[x.weight for x in qkv], *[x.bias for x in qkv], fc.weight, fc.bias):\
-        w.data.copy_((2 * torch.rand(w.shape) - 1) / 64**0.5)
+        w.data.copy_((2 * torch.rand(w.shape) - 1) / fc.weight.size(1)**0.5)
 s/gen = torch.Generator(device=device)/gen = torch.default_generator/
 /gen.manual_seed/d
 s/^HEAD_DIM = 128/HEAD_DIM = 32/

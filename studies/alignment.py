@@ -26,7 +26,7 @@ from aurora import (
     wide_balanced_polar,
 )
 from studies import RULES, parse, publish, style
-from studies.training import SMALL, open_process, shards_of, training
+from studies.training import SMALL, momenta, open_process, shards_of, training
 
 M, N, ROUNDS = 512, 128, 5
 TRAINING = [*SMALL, "model_dim=128", "head_dim=64", "train_steps=400", "val_every=50", "val_every_late=50"]
@@ -54,9 +54,9 @@ def trained_inputs(words: list[str]) -> dict[str, Tensor]:
     for direction in ("muon", "aurora"):
         hp = train_gpt.override([f"matrix_update={RULES[direction]}", *words])
         with tqdm(total=hp.train_steps, desc=f"training with {direction}", leave=False, disable=None) as bar:
-            for step, _, momenta in training(hp, seed=0):
+            for step, _, banks in training(hp, seed=0):
                 bar.update(step - bar.n)
-        found[f"momentum, {direction}"] = torch.stack(momenta).double().cpu()
+        found[f"momentum, {direction}"] = torch.stack(momenta(banks)).double().cpu()
     dist.destroy_process_group()
     return found
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 import train_gpt
 from aurora import leverage_scores
 from studies import RULES, parse, publish, style
-from studies.training import GPT2_SMALL, SMALL, best_rate, device, interval, shards_of, sweep, training
+from studies.training import GPT2_SMALL, SMALL, best_rate, device, interval, momenta, shards_of, sweep, training
 
 FULL = ["model_dim=64", "head_dim=32", "train_steps=1000"]
 QUICK = ["model_dim=16", "head_dim=8", "num_layers=2", "train_steps=20", "val_tokens=1024", "val_every=5",
@@ -27,11 +27,11 @@ def run(words: list[str], direction: str, rate: float, seed: int) -> list[dict]:
     """A row for each validation: loss, and the fraction of neurons starved then, and then and at every later look."""
     hp = train_gpt.override([f"matrix_update={RULES[direction]}", *words, f"matrix_lr={rate}"])
     rows, starved = [], []
-    for step, loss, momenta in training(hp, seed):
+    for step, loss, banks in training(hp, seed):
         rows.append(dict(direction=direction, matrix_lr=rate, seed=seed, step=step, val_loss=loss))
         even = min(1, hp.model_dim / hp.mlp_dim)
         # there is no momentum before the first step
-        starved.append(torch.cat([leverage_scores(M) < 0.1 * even for M in momenta]).cpu() if step else None)
+        starved.append(torch.cat([leverage_scores(M) < 0.1 * even for M in momenta(banks)]).cpu() if step else None)
     still = torch.ones_like(starved[-1])
     for row, now in zip(rows[:0:-1], starved[:0:-1]):
         still = still & now

@@ -20,7 +20,7 @@ import train_gpt
 from harness.neurons import owned_neurons
 from harness.ranks import Place
 from harness.shards import check_tokens, find_shards, open_shard
-from train_gpt import Hyperparameters
+from train_gpt import Bank, Hyperparameters
 
 SMALL = ["@tiny", "vocab_size=257", "num_layers=4", "batch_tokens=512", "sequence_length=64",
          "micro_batch=16", "val_every=100", "val_every_late=100"]
@@ -68,10 +68,10 @@ def open_worker():
     open_process()
 
 
-def training(hp: Hyperparameters, seed: int) -> Iterator[tuple[int, float, list[Tensor]]]:
+def training(hp: Hyperparameters, seed: int) -> Iterator[tuple[int, float, list[Bank]]]:
     """Train from the initial weights of a seed, on the same batches for every seed.
 
-    Yields, at the validation steps, the step, the metric, and the momentum of each layer's up-projection.
+    Yields, at the validation steps, the step, the metric, and the banks as they are then.
     """
     with device():
         model = train_gpt.GPT(hp)
@@ -83,12 +83,16 @@ def training(hp: Hyperparameters, seed: int) -> Iterator[tuple[int, float, list[
     train_batches, validation = batches(train_shards, hp.batch_tokens, hp), next(batches(val_shards, hp.val_tokens, hp))
     for step in range(hp.last_step + 1):
         if train_gpt.is_validation_step(step, hp):
-            momenta = [bank.state["nesterov.momentum"][i] for bank, i in owned_neurons(banks).values()]
-            yield step, train_gpt.validation_losses(model, banks, validation, step, hp)[hp.metric], momenta
+            yield step, train_gpt.validation_losses(model, banks, validation, step, hp)[hp.metric], banks
         if step == hp.last_step:
             return
         train_gpt.accumulate_gradients(model, banks, next(train_batches), hp)
         train_gpt.update(banks, step)
+
+
+def momenta(banks: list[Bank]) -> list[Tensor]:
+    """nesterov's, of each layer's up-projection."""
+    return [bank.state["nesterov.momentum"][i] for bank, i in owned_neurons(banks).values()]
 
 
 def sweep(run: Callable, settings: list[tuple], rates: list[float], seeds: int) -> dict[tuple, list]:

@@ -208,6 +208,15 @@ def test_a_later_recipe_trains_at_steps_all_along_its_run(name, quick):
 
 
 OURS = {"u_normuon": "10_normuon", "riemannian_aurora": "17_aurora"}
+# what an attempt changes: against which recipe, fields, and what stands where in the one rule that it changes
+ATTEMPTS = {
+    "attempt_auxiliary_rates": ("339_bimaxwell", dict(embed_lr=0.7, head_lr=0.004, vector_lr=0.015), ()),
+    "attempt_corrected_vectors": ("339_bimaxwell", dict(vector_update="adamw(0.8, 0.997, 1e-10, 0)"), ()),
+    "attempt_plain_start": ("339_bimaxwell", dict(init="zero_projections"), ()),
+    "attempt_anneal_alone": ("339_bimaxwell", {}, ("aspect | ", "aspect | anneal(at_least(power(1, 2900, 2386.4, 1.2), "
+                                                   "0.3), 0.25, 0.01) | ")),
+    "attempt_tail_heat": ("2540_open_claim", {}, ("row_floor(0.3825)", "row_floor(ramp(0.3825, 0.75, 2240, 2540))")),
+}
 RECIPES = sorted(path.parent.name for path in ROOT.glob("records/*/recipe"))
 
 
@@ -262,6 +271,20 @@ def test_ours_differ_from_a_published_recipe_in_one_stage(name):
     assert "matrix_update" in differing and differing <= {"matrix_update", "val_every_late"}
     texts = [rule["matrix_update"].split(" | ") for rule in (ours, published)]
     assert sum(a != b for a, b in zip(*texts, strict=True)) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("attempt")])
+def test_an_attempt_is_another_recipe_but_for_what_it_says(name):
+    """Kills: a second difference, as where the recipe that an attempt starts from has changed since; a README that does
+    not say that nothing was run."""
+    base, fields, replaced = ATTEMPTS[name]
+    expected = vars(override([f"@{base}"])) | fields
+    if replaced:
+        assert replaced[0] in expected["matrix_update"]
+        expected["matrix_update"] = expected["matrix_update"].replace(*replaced)
+    assert vars(override([f"@{name}"])) == expected
+    readme = (ROOT / "records" / name / "README.md").read_text()
+    assert "not a claim: nothing of it was run at full size" in readme and f"../{base})" in readme
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import EOT, write_shard
 
-from studies import alignment, expansion, leave_one_out, neuron_death, orthogonality, training, transfer
+from studies import alignment, attempts, expansion, leave_one_out, neuron_death, orthogonality, training, transfer
 
 
 @pytest.fixture(scope="module")
@@ -165,15 +165,45 @@ def test_every_part_is_left_out_once():
 
 
 def test_differences_are_of_pairs():
-    """Kills: a difference of the other sign, unpaired or one-sided intervals, rows paired as they came, a part that is
-    called seen within its interval."""
+    """Kills: a difference of the other sign, unpaired or one-sided intervals, intervals of one look where there are
+    ten, rows paired as they came, a part that is called seen within its interval, another base than the named one."""
     rows = [dict(without=part, seed=seed, val_loss=seed + gain * (seed + 1)) for gain, part in
             enumerate(leave_one_out.PARTS) for seed in range(3)]
-    lines = leave_one_out.differences(rows[::-1])
-    # of 1, 2, 3: deviation 1, t = 4.303 with two degrees of freedom
+    soap, *others = [part for part in leave_one_out.PARTS if part != leave_one_out.WHOLE]
+    lines = leave_one_out.differences(rows[::-1], {soap: leave_one_out.WHOLE} | dict.fromkeys(others, soap))
+    # of 1, 2, 3: deviation 1, and 14.09 is t of .05 / 10, two-sided, with two degrees of freedom
     assert [lines[0][key] for key in ("loss more by", "low", "high")] == pytest.approx(
-        [2, 2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5], abs=1e-3)
+        [2, 2 - 14.089 / 3**0.5, 2 + 14.089 / 3**0.5], abs=1e-2)
+    assert [line["loss more by"] for line in lines[1:]] == pytest.approx([2 * gain for gain in range(1, 10)])
     assert lines[0]["seen"] == "too small to see" and len(lines) == 10
+
+
+def test_attempts(tmp_path, text):
+    """Kills: an attempt whose own words do not reach its run, the words of one under another's name, a run of another
+    length. In ten steps no floor rises."""
+    rows = quick(attempts, tmp_path, text)
+    losses = {}
+    for row in rows:
+        assert row["step"] == 10
+        losses.setdefault(row["recipe"], {})[row["seed"]] = row["val_loss"]
+    assert set(losses) == {*attempts.CLAIMED, *attempts.ATTEMPTS} and len(rows) == 2 * len(losses)
+    assert losses["attempt_tail_heat"] == losses["2540_open_claim"] != losses["339_bimaxwell"]
+    changed = ("attempt_auxiliary_rates", "attempt_corrected_vectors", "attempt_plain_start")
+    assert len({str(losses[name]) for name in (*changed, "339_bimaxwell")}) == 4
+
+
+def test_a_tenth_of_the_steps():
+    """Kills: a schedule left at full length, which never acts in a short run; an epsilon or a share taken for steps; a
+    jump that would divide by zero."""
+    whole = training.train_gpt.override(["@46_rowfloor_cwd"])
+    assert attempts.tenth(whole.final_update) == " | ".join(leave_one_out.FINAL)
+    gate = "trust_gate(ramp(0.45, 0, 1375, 1625), ramp(0.85, 1, 1624, 1625), names(0, attn_proj=1))"
+    assert gate in whole.matrix_update and attempts.tenth(gate) == leave_one_out.GATE
+    assert attempts.tenth("adamw(0.8, 0.99, 1e-10, 0)") == "adamw(0.8, 0.99, 1e-10, 0)"
+    assert attempts.tenth("power(2386.4, 1.2)") == "power(238, 1.2)"
+    words = dict(word.split("=", 1) for word in attempts.shortened("attempt_tail_heat") if "=" in word)
+    assert "row_floor(ramp(0.3825, 0.75, 224, 254))" in words["matrix_update"] and words["stop_step"] == "254"
+    assert "names(0.55, blocks_0_=0.8, bias=1" in words["final_update"] and words["train_steps"] == "284"
 
 
 @pytest.mark.parametrize("overrides, says", [
