@@ -565,8 +565,11 @@ def whole_run(hp: train_gpt.Hyperparameters, name: str, gpus: int) -> dict:
 
 
 def stops(hp: train_gpt.Hyperparameters, name: str) -> str:
-    """Where the batch stops scaling, and why."""
-    every = {gpus: row(hp, name, gpus) for gpus in counts(hp)}
+    """Where the batch stops scaling, and why; among the numbers of GPUs whose memory holds the run."""
+    every = {gpus: row(hp, name, gpus) for gpus in counts(hp)
+             if memory(hp, gpus, micro_batch(hp, name, gpus)) <= GPUS[name].memory * 1e9}
+    if not every:
+        return f"{name}: the run does not fit the memory of any number of them."
     fastest = min(every, key=lambda gpus: every[gpus]["step, ms"])
     half = max(gpus for gpus, at in every.items() if int(at["efficiency"][:-1]) >= 50)
     at = every[fastest]

@@ -80,10 +80,11 @@ def doctor(words: list[str], price: float | None = None) -> dict:
     run, plan, complaints = dry_run(words or ([] if gpus else ["@tiny"]), world)
     findings += [*packages(gpus), *driver(gpus), *waits(gpus), *taken(gpus), *port(), *resolves(), *options()]
     saved = 0
-    if plan:
+    if run:  # its data may be missing: whether it would fit is to be known before they are fetched
         size = checkpoint_bytes(run, world)
         saved = 2 * size if run["checkpoints"] else 0  # the old one stays until the new is whole
-        plan = "\n".join([plan, f"a checkpoint: {size / 1e9:.3g} GB", *estimate(run, plan, gpus, world, price)])
+        lines = plan.splitlines() + [f"a checkpoint: {size / 1e9:.3g} GB"]
+        plan = "\n".join(lines + (estimate(run, plan, gpus, world, price) if plan else []))
         findings += memory(run, gpus, world)
     findings += [*disk(Path("logs"), saved), *complaints]
     return {"verdict": not any(f.ends for f in findings), "python": sys.version.split()[0], "torch": version("torch"),
@@ -293,7 +294,7 @@ def estimate(run: dict, plan: str, gpus: list[Gpu], world: int, price: float | N
         return []
     as_17 = "not a record attempt" not in plan and "| aurora(" in run["matrix_update"]
     if not gpus[0].name.endswith("H100 80GB HBM3") or not as_17:
-        return [f"time: no step of this run was published for {gpus[0].name}"]
+        return [f"time: no step of this run was published for {gpus[0].name}; python -m bench.roofline predicts one"]
     with open(ROOT / "records" / "published" / "record_17_curves.csv", newline="") as file:
         ms = statistics.median(float(row["step_avg_ms"]) for row in csv.DictReader(file) if row["step_avg_ms"])
     hours = run["trials"] * run["train_steps"] * ms * 8 / world / 3.6e6

@@ -363,6 +363,15 @@ def test_the_micro_batch_that_fits(rows, free, mend, machine):
     assert not findings or findings[0]["mend"].startswith(mend)
 
 
+def test_what_does_not_fit_is_told_before_its_data_are_there(machine, monkeypatch):
+    """Kills: a micro-batch that is judged after 206 GB were fetched; a process that the batch has no sequence for."""
+    machine(SMALL)
+    monkeypatch.setattr(doctor, "dry_run", lambda words, world: (RECORD, "", []))
+    assert [what[:8] for what in found()] == ["24.0 GiB"] and doctor.doctor([])["plan"] == "a checkpoint: 1.38 GB"
+    monkeypatch.setenv("WORLD_SIZE", "1024")
+    assert found() == []
+
+
 @pytest.mark.parametrize("rows, words, says", [
     (NODE, [], "time: 8 minutes of steps, 2.80 at 2.5 a GPU-hour; after the 157 ms a step on 8 x H100"),
     (HEALTHY, [], "time: 34 minutes of steps, 2.80 at 2.5 a GPU-hour; after the 157 ms a step on 8 x H100"),
@@ -436,7 +445,8 @@ def test_a_package_that_a_training_does_without(machine):
 
 
 def test_the_run_itself(small, tmp_path, monkeypatch, capsys):
-    """Kills: shards that nobody looked at before the GPUs start; a damaged one without its remedy."""
+    """Kills: shards that nobody looked at before the GPUs start; a damaged one without its remedy; a size that is told
+    after the data have been fetched alone."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(doctor, "packages", lambda gpus: [])
@@ -445,12 +455,13 @@ def test_the_run_itself(small, tmp_path, monkeypatch, capsys):
     assert doctor.main(["--", *small, "--trials", "0"]) == 1
     assert capsys.readouterr().out.splitlines()[1] == "FOUND: --seed 0 --trials 0"
     assert doctor.main(["train_steps=4000"]) == 1
-    assert capsys.readouterr().out.splitlines()[3] == "  mend: python data/cached_fineweb10B.py 22"
+    assert capsys.readouterr().out.splitlines()[1::3] == ["a checkpoint: 1.38 GB",
+                                                          "  mend: python data/cached_fineweb10B.py 22"]
     assert doctor.main(["train_files=data/fineweb100B/fineweb_train_*.bin"]) == 1
-    assert capsys.readouterr().out.splitlines()[3] == "  mend: python data/cached_fineweb100B.py 17"
+    assert capsys.readouterr().out.splitlines()[4] == "  mend: python data/cached_fineweb100B.py 17"
     write_shard(tmp_path / "train_1.bin", range(2000), count=1999)
     assert doctor.main([*small, "train_files=train_*.bin"]) == 1
-    assert capsys.readouterr().out.splitlines()[1:] == [
+    assert capsys.readouterr().out.splitlines()[2:] == [
         "FOUND: train_1.bin holds 2000 tokens, its header says 1999",
         "  why it matters: the run would end before its first step",
         "  mend: delete it and make it again with the program in data/"]
