@@ -559,9 +559,9 @@ def whole_run(hp: train_gpt.Hyperparameters, name: str, gpus: int) -> dict:
     held = memory(hp, gpus, micro) / 1e9
     useful = work["products"] + work["attention"] * 6 / 7
     return {"GPUs": gpus, "micro-batch": micro, f"memory, of {gpu.memory} GB": f"{held:.1f}" + ", too much" * (held > gpu.memory),
-            "step, ms": round(ms, 1), "tokens/s": round(1000 * hp.batch_tokens / ms),
-            "MFU": f"{useful / (gpus * gpu.peak * 1e9 * ms):.0%}", "hours": round(hours, 2),
-            "GPU-hours": round(gpus * hours), f"cost at {PRICE} a GPU-hour": round(PRICE * gpus * hours)}
+            "step, ms": ms, "tokens/s": round(1000 * hp.batch_tokens / ms),
+            "MFU": f"{useful / (gpus * gpu.peak * 1e9 * ms):.0%}", "hours": hours, "GPU-hours": gpus * hours,
+            f"dollars at {PRICE} a GPU-hour": PRICE * gpus * hours}
 
 
 def stops(hp: train_gpt.Hyperparameters, name: str) -> str:
