@@ -404,8 +404,8 @@ def main(words: list[str]):
     stacks = update_rows(hp)
     rules = f"`{hp.matrix_update}`" + f", of MLPs `{hp.mlp_update}`" * bool(hp.mlp_update)
     updates = ["## The update of a stack, beside Newton-Schulz", rules, markdown(stacks),
-               "A pass is a read or a write of a stack in fp32. Those in which a cubic of CANS-12 scales its squares are "
-               "among the counted ones; bench/roofline.py has them with Newton-Schulz."] if stacks else []
+               "A pass is a read or a write of a stack in fp32. Those in which a cubic of CANS-12 scales its squares "
+               "are among the counted ones; bench/roofline.py has them with Newton-Schulz."] if stacks else []
     publish("bench.graph", words, out, "In GB. Written for sm_90, not compiled, not run.",
             f"## Moved by a micro-batch of {few} x {hp.sequence_length} tokens",
             in_gb(rows(replace(hp, micro_batch=few))),

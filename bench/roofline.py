@@ -60,7 +60,7 @@ GPUS = {  # nvlink: A100's is NCCL's own ceiling (tuning.cc), the others are ass
     "A100": GPU(312, 19.5, 2039, 80, 108, 235, 25, {"FA2": (150, 112)}),  # attention: assumed
     "H100": GPU(989, 67, 3350, 80, 132, 370, 50, HOPPER),
     "H200": GPU(989, 67, 4800, 141, 132, 370, 50, HOPPER),
-    "B200": GPU(2250, 75, 8000, 180, 148, 700, 50, {"cuDNN": (933, 696)}),  # attention: H100's share of the peak, assumed
+    "B200": GPU(2250, 75, 8000, 180, 148, 700, 50, {"cuDNN": (933, 696)}),  # attention: H100's share, assumed
 }
 STREAM = 0.87  # of HBM, by elementwise kernels; assumed
 TRITON = 0.85  # of cuBLAS's rate, by our products; assumed: 4.2 TFLOP/s an SM
@@ -558,10 +558,18 @@ def whole_run(hp: train_gpt.Hyperparameters, name: str, gpus: int) -> dict:
     work, hours = flops(hp), hp.last_step * ms / 3.6e6
     held = memory(hp, gpus, micro) / 1e9
     useful = work["products"] + work["attention"] * 6 / 7
-    return {"GPUs": gpus, "micro-batch": micro, f"memory, of {gpu.memory} GB": f"{held:.1f}" + ", too much" * (held > gpu.memory),
+    return {"GPUs": gpus, "micro-batch": micro,
+            f"memory, of {gpu.memory} GB": f"{held:.1f}" + ", too much" * (held > gpu.memory),
             "step, ms": ms, "tokens/s": round(1000 * hp.batch_tokens / ms),
             "MFU": f"{useful / (gpus * gpu.peak * 1e9 * ms):.0%}", "hours": hours, "GPU-hours": gpus * hours,
             f"dollars at {PRICE} a GPU-hour": PRICE * gpus * hours}
+
+
+def tokens_of(hp: train_gpt.Hyperparameters) -> str:
+    """How many the run reads, and where they come from."""
+    download, billions = download_of(hp), hp.last_step * hp.batch_tokens / 1e9
+    return (f"{hp.last_step:,} steps of {hp.batch_tokens:,} tokens: {billions:.4g} billion. "
+            + (f"`python {download}` fetches them." if download else f"They are {hp.train_files}."))
 
 
 def stops(hp: train_gpt.Hyperparameters, name: str) -> str:
@@ -591,8 +599,7 @@ def main(words: list[str]):
     publish("bench.roofline", words, out,
             "Predicted, not measured. FLOPs of a step: "
             f"{', '.join(f'{part} {x / 1e12:.4g} TFLOP' for part, x in work.items())}.",
-            f"{hp.last_step:,} steps of {hp.batch_tokens:,} tokens: {hp.last_step * hp.batch_tokens / 1e9:.4g} billion. "
-            + (f"`python {download}` fetches them." if (download := download_of(hp)) else f"They are {hp.train_files}."),
+            tokens_of(hp),
             "## The published programs", markdown(check()),
             *(part for name in names for part in (
                 f"## This program, {name}: what one GPU does in a step", stops(hp, name),

@@ -14,7 +14,7 @@ KERNELS = "import json; from bench.compile import compiled; print(json.dumps([ro
 GRAPHS = """
 import json
 from bench import RULES, roofline
-from bench.graph import PROGRAMS, memory_rows, rows, update_rows
+from bench.graph import PROGRAMS, memory_rows, rows, standing, update_rows
 from harness.doctor import RESERVE
 from train_gpt import override
 del PROGRAMS["published"]  # it takes as long again
@@ -28,6 +28,7 @@ def bound(hp):  # without what passes in an update, and that
 updates = [[], [f"matrix_update={RULES['normuon']}"], [f"matrix_update={SOAP}"]]
 print(json.dumps(dict(layers=[(rows(hp), *memory_rows(hp), bound(hp)) for hp in recipes],
                       gated=([rows(hp) for hp in swiglu], *memory_rows(swiglu[0]), bound(swiglu[0])),
+                      standing={form: standing(override(updates[2]), form) for form in ("fused", "published")},
                       updates=[(update_rows(hp), bound(hp)) for hp in map(override, updates)])))
 """
 of_pytorch_2_13 = pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="bench.graph is of PyTorch 2.13")
@@ -140,6 +141,17 @@ def test_bytes_of_a_layer_with_a_gate(graphs):
     assert added["elementwise"]["bytes"] / UNIT == pytest.approx(31 + 10 * 2.75, rel=0.01)
     assert added["elementwise"]["roofline"] / UNIT == pytest.approx(31 + 10 * 2.75)
     assert added["products"]["bytes"] == pytest.approx(added["products"]["roofline"], rel=0.01)
+
+
+@of_pytorch_2_13
+def test_what_stands_beside_a_step(graphs):
+    """Kills: a momentum counted for all that a rule keeps; a master in fp32 for the embedding, or in the published
+    program. By hand, of SOAP: a weight has two moments, each side a covariance and a basis."""
+    m, n, table, vectors = 3072, 768, 50304 * 768, 153216
+    matrices = 24 * m * n + 48 * n * n
+    kept = 4 * (2 * matrices + 24 * 2 * (m * m + n * n) + 48 * 4 * n * n) + (8 + 4) * table + 8 * vectors
+    assert graphs["standing"] == {"fused": kept + 10 * (matrices + table + vectors) + 8 * table,
+                                  "published": kept + 8 * (matrices + table + vectors) + 4 * table}
 
 
 @of_pytorch_2_13
