@@ -13,6 +13,8 @@ twice: after the update of its bank, where all that follows waits for it, and on
 forward and backward passes, where the step takes what the second part takes longer than they do. That the two do not
 slow each other is assumed: the second part's QR leaves most of a GPU idle, its products do not.
 
+A micro-batch is the largest that the recipe allows and a GPU's memory holds, after harness/doctor.py's model of it.
+
 Every constant stands below, with its source or the word "assumed". Two of them are calibrated, SUSTAINED and
 COLUMN, on one published step time each. No time that is printed was measured here.
 """
