@@ -13,7 +13,7 @@ rules.py says what a stage is, and what its knobs can be. The stages:
     aurora_paper(iterations, damping)  rows and polar factors in turn: Algorithm 3 of arXiv 2606.27715
     aurora_wide(iterations, beta)   the same for wide matrices only, Schatten-4 norm: result #30
     riemannian_aurora(steps, step_size)  nearly the update of even rows that the gradient favours most
-    polar, jordan_polar             U <- polar(U): Muon; by the record's table, by github.com/KellerJordan/Muon's
+    polar, jordan_polar, cans_polar U <- polar(U): Muon; by the record's table, github.com/KellerJordan/Muon's, CANS-12
     schatten4_polar                 the record's table, of an input of Schatten-4 norm 1: results #30 to #46
     soap(beta2, beta, every)        U = N <- U over a running root mean square in the eigenbases of the gradients: #44
     trust_gate(floor, cap, share)   U = N <- between the momentum and U, as far as the two and the gradient agree: #44
@@ -317,6 +317,12 @@ def polar_stage(U: Tensor) -> Tensor:
 def jordan_polar_stage(U: Tensor) -> Tensor:
     """The polar factor by the quintic of Muon's own code, in bf16."""
     return jordan_polar(U).to(U.dtype)
+
+
+@stage("cans_polar")
+def cans_polar_stage(U: Tensor) -> Tensor:
+    """The polar factor as aurora_july and aurora_paper take it, by CANS-12 in fp32: Muon beside them."""
+    return cans_polar(U).to(U.dtype)
 
 
 @stage("schatten4_polar")

@@ -2,12 +2,12 @@
 
     python -m bench.graph [@RECIPE] [NAME=VALUE ...] [-o FOLDER]
 
-Both programs, train_gpt.py's (fused) and bench/baseline.py's (published), are traced at the recipe's size, forwards and
-backwards, and TorchInductor writes its Triton kernels, as in a run; then it stops, before anything is compiled or
-allocated. Bytes are Inductor's own count: each kernel reads and writes each of its buffers once, so of a kernel that
-reads twice, or keeps something in memory for itself, it is the least. A product and an opaque operator count their
-operands and results; the head's, fused, has the logits inside, which no graph shows, and is left out. Attention stands
-for any of its backends. Beside it, what bench/roofline.py takes for the same kernels.
+Both programs, train_gpt.py's (fused) and, of relu^2 MLPs, bench/baseline.py's (published), are traced at the recipe's
+size, forwards and backwards, and TorchInductor writes its Triton kernels, as in a run; then it stops, before anything
+is compiled or allocated. Bytes are Inductor's own count: each kernel reads and writes each of its buffers once, so of
+a kernel that reads twice, or keeps something in memory for itself, it is the least. A product and an opaque operator
+count their operands and results; the head's, fused, has the logits inside, which no graph shows, and is left out.
+Attention stands for any of its backends. Beside it, what bench/roofline.py takes for the same kernels.
 
 Memory is counted by running what Inductor wrote on tensors without data, with kernels that do nothing: it allocates and
 frees as it would, and so do the launchers of the opaque operators. What the caching allocator, cuBLAS or attention need
@@ -18,8 +18,8 @@ that GPU is told of an H100. `torch._inductor` is private: this holds for the pi
 """
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from types import SimpleNamespace
@@ -175,6 +175,11 @@ def kernel(node) -> tuple[str, int] | None:
 PROGRAMS = {"fused": (train_gpt.GPT, torch.bfloat16), "published": (UnfusedGPT, torch.float32)}
 
 
+def programs(hp: train_gpt.Hyperparameters) -> list[str]:
+    """Those that have the recipe's MLP: the published one has relu^2 alone."""
+    return [name for name in PROGRAMS if name == "fused" or hp.activation == "relu2"]
+
+
 @cache
 def trace(form: str, hp: train_gpt.Hyperparameters) -> dict[str, Pass]:
     """{"forward": its pass, "backward": its pass} of a program, named as in bench/roofline.py."""
@@ -206,12 +211,12 @@ def trace(form: str, hp: train_gpt.Hyperparameters) -> dict[str, Pass]:
     return passes
 
 
-def trace_update(shape: tuple[int, int, int], hp: train_gpt.Hyperparameters) -> Pass:
+def trace_update(bank: train_gpt.Bank) -> Pass:
     """The update of a stack of matrices."""
-    rule, mode, passes = Rule.of(hp.matrix_update), FakeTensorMode(), []
+    mode, passes = FakeTensorMode(), []
 
     def update(*tensors):
-        advance_(rule, *tensors)
+        advance_(bank.rule, *tensors)
         return ()
 
     def compiler(graph, inputs):
@@ -219,10 +224,10 @@ def trace_update(shape: tuple[int, int, int], hp: train_gpt.Hyperparameters) -> 
         return make_boxed_func(lambda *_: [])
 
     with on_an_h100(), config.patch(COMPILED), mode, tracing(TracingContext(mode)), torch.no_grad():
-        W, G = torch.empty(shape), torch.empty(shape)
-        knobs = {name: torch.empty(()) for name in ("lr", "t", *rule.at(0))}
+        W, G = torch.empty(bank.masters.shape), torch.empty(bank.masters.shape)
+        knobs = {name: torch.empty(knob.shape) for name, knob in bank.knobs.items()}
         aot_function(update, compiler, decompositions=select_decomp_table(), inference_compiler=compiler,
-                     keep_inference_input_mutations=True)(W, G, rule.state(W), knobs)
+                     keep_inference_input_mutations=True)(W, G, bank.rule.state(W), knobs)
     return passes[0]
 
 
@@ -231,7 +236,8 @@ def trace_update(shape: tuple[int, int, int], hp: train_gpt.Hyperparameters) -> 
 ########################################
 
 OPERATORS = {op._opoverload: op._init_fn for op in (cross_entropy.head_loss_op, mlp.relu2_up, mlp.relu2_dpre,
-                                                    norm.dprenorm_op, qkv.norm_and_rotate_op, qkv.dqkv_op)}
+                                                    norm.dprenorm_op, qkv.norm_and_rotate_op, qkv.dqkv_op,
+                                                    newton_schulz.newton_schulz_op)}
 
 
 def without_data(size: tuple, stride: tuple, dtype: torch.dtype) -> Tensor:
@@ -272,20 +278,36 @@ def program(source: str) -> Callable[[list[Tensor]], tuple]:
     return names["call"]
 
 
+@contextmanager
+def idle_gpu() -> Iterator[Memory]:
+    """The memory of what runs inside, where kernels do nothing."""
+    product = "_fp32_product", lambda A, B: A.new_empty(len(A), B.size(1), dtype=torch.float32)
+    with (mock.patch.object(JITFunction, "run", lambda *_, **__: None), mock.patch.object(cross_entropy, *product),
+          mock.patch.object(torch.cuda, "_DeviceGuard", lambda _: nullcontext()),
+          mock.patch.object(torch.cuda, "device_of", lambda _: nullcontext()),
+          mock.patch.object(torch.cuda, "set_device", lambda _: None), Memory() as count):
+        yield count
+
+
 def memory(passes: dict[str, Pass]) -> dict[str, int]:
     """Bytes beside the parameters: kept from the forward pass for the backward pass, and the most in each of them."""
     forward, backward = (program(each.source) for each in passes.values())
     parameters, (*_, loss_gradient) = ([without_data(*x) for x in each.inputs] for each in passes.values())
-    product = "_fp32_product", lambda A, B: A.new_empty(len(A), B.size(1), dtype=torch.float32)
-    with (mock.patch.object(JITFunction, "run", lambda *_, **__: None), mock.patch.object(cross_entropy, *product),
-          mock.patch.object(torch.cuda, "_DeviceGuard", lambda _: nullcontext()),
-          mock.patch.object(torch.cuda, "set_device", lambda _: None), Memory() as count):
+    with idle_gpu() as count:
         _, *kept = forward(parameters)
         found = {"kept": count.held(), "forward": count.most}
         count.most = 0
         kept.append(loss_gradient)
         backward(kept)
         return found | {"backward": count.most}
+
+
+def memory_of_update(update: Pass) -> int:
+    """Bytes beside weights, gradients and states, at most."""
+    run, inputs = program(update.source), [without_data(*x) for x in update.inputs]
+    with idle_gpu() as count:
+        run(inputs)
+        return count.most
 
 
 ########################################
@@ -316,7 +338,7 @@ def budget(hp: train_gpt.Hyperparameters, form: str) -> dict[str, float]:
 
 def rows(hp: train_gpt.Hyperparameters) -> list[dict]:
     found = []
-    for form in PROGRAMS:
+    for form in programs(hp):
         moved, launched = Counter(), Counter()
         for name, each in trace(form, hp).items():
             for runs, size in each.kernels:
@@ -332,26 +354,32 @@ def rows(hp: train_gpt.Hyperparameters) -> list[dict]:
 def update_rows(hp: train_gpt.Hyperparameters) -> list[dict]:
     """Of each stack that one GPU updates by a rule with stages: what Inductor writes, so not the products."""
     found = []
-    for (m, n), count in Counter(tuple(shape) for _, *shape in roofline.block_matrices(hp)).items():
-        tail = [size for runs, size in trace_update((count, m, n), hp).kernels if runs == "Inductor"]
-        passes, kernels = roofline.tail(m, n, Rule.of(hp.matrix_update), "fused")
-        found.append({"stack": f"{count} x {m} x {n}", "kernels": len(tail), "roofline's": kernels,
-                      "passes": sum(tail) / (4 * count * m * n), "the roofline's": passes})
+    for bank in roofline.made_banks(hp):
+        if bank.rule.in_place or bank.masters.ndim < 3:
+            continue
+        count, m, n = bank.masters.shape
+        update = trace_update(bank)
+        tail = [size for runs, size in update.kernels if runs == "Inductor"]
+        passes, kernels = roofline.tail(m, n, bank.rule, "fused")
+        found.append({"stack": f"{count} x {m} x {n}", "its first": next(iter(bank.params)), "kernels": len(tail),
+                      "roofline's": kernels, "passes": sum(tail) / (4 * count * m * n), "the roofline's": passes,
+                      "held, GB": memory_of_update(update) / 1e9})
     return found
 
 
 def standing(hp: train_gpt.Hyperparameters, form: str) -> int:
-    """Bytes of weights, gradients, and optimizers' states on one GPU: of a matrix's momentum, or AdamW's two."""
-    held = {"fused": dict(matrix=2 + 4 + 4 + 4, embedding=2 + 4 + 2 + 4, other=2 + 4 + 4 + 8),  # with fp32 masters
-            "published": dict(matrix=4 + 4 + 4, embedding=2 + 2 + 4, other=4 + 4 + 8)}[form]
-    return sum(shape.numel() * held["embedding" if name == "embed.weight" else
-                                    "matrix" if name.startswith("blocks.") and len(shape) == 2 else "other"]
-               for name, shape in roofline.parameters(hp).items())
+    """Bytes of weights, gradients and what the update rules keep on one GPU; fused, of the fp32 masters too."""
+    banks = roofline.made_banks(hp)
+    kept = sum(x.nbytes for bank in banks for x in bank.state.values())
+    if form == "fused":
+        return kept + sum(x.nbytes for bank in banks for x in (bank.weights, bank.gradients, bank.masters))
+    return kept + sum(2 * shape.numel() * (2 if name == "embed.weight" else 4)
+                      for name, shape in roofline.parameters(hp).items())
 
 
 def memory_rows(hp: train_gpt.Hyperparameters) -> list[dict]:
     found = []
-    for form in PROGRAMS:
+    for form in programs(hp):
         counted, stands = memory(trace(form, hp)), standing(hp, form)
         most = max(counted["forward"], counted["backward"])
         found.append({"program": form, "kept for the backward pass": counted["kept"],
@@ -372,15 +400,18 @@ def main(words: list[str]):
     while few * hp.sequence_length * hp.vocab_size > COUNTED and few > 1:
         few //= 2
     held = memory_rows(hp)
-    ours, published = (row["in all"] for row in held)
-    updates = [] if Rule.of(hp.matrix_update).in_place else [
-        "## The update of a stack, beside Newton-Schulz", f"`{hp.matrix_update}`", markdown(update_rows(hp)),
-        "A pass is a read or a write of a stack in fp32."]
+    shares = [f"The fused program holds {held[0]['in all'] / other['in all']:.2f} of what the published one does "
+              "(aim: 0.5)." for other in held[1:]]
+    stacks = update_rows(hp)
+    rules = f"`{hp.matrix_update}`" + f", of MLPs `{hp.mlp_update}`" * bool(hp.mlp_update)
+    updates = ["## The update of a stack, beside Newton-Schulz", rules, markdown(stacks),
+               "A pass is a read or a write of a stack in fp32. Those in which a cubic of CANS-12 scales its squares "
+               "are among the counted ones; bench/roofline.py has them with Newton-Schulz."] if stacks else []
     publish("bench.graph", words, out, "In GB. Written for sm_90, not compiled, not run.",
             f"## Moved by a micro-batch of {few} x {hp.sequence_length} tokens",
             in_gb(rows(replace(hp, micro_batch=few))),
-            f"## Held by a micro-batch of {hp.micro_batch} x {hp.sequence_length} tokens", in_gb(held),
-            f"The fused program holds {ours / published:.2f} of what the published one does (aim: 0.5).", *updates)
+            f"## Held by a micro-batch of {hp.micro_batch} x {hp.sequence_length} tokens", in_gb(held), *shares,
+            *updates)
 
 
 if __name__ == "__main__":

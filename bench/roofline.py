@@ -13,10 +13,13 @@ twice: after the update of its bank, where all that follows waits for it, and on
 forward and backward passes, where the step takes what the second part takes longer than they do. That the two do not
 slow each other is assumed: the second part's QR leaves most of a GPU idle, its products do not.
 
+A micro-batch is the largest that the recipe allows and a GPU's memory holds, after harness/doctor.py's model of it.
+
 Every constant stands below, with its source or the word "assumed". Two of them are calibrated, SUSTAINED and
 COLUMN, on one published step time each. No time that is printed was measured here.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from math import ceil, inf
@@ -25,9 +28,12 @@ from typing import NamedTuple
 import torch
 
 import train_gpt
+from aurora import CANS_12, POLAR_EXPRESS_8, QUINTIC_5, SIMPLE_QUINTIC_12
 from bench import parse, run
 from bench.baseline import separate
-from harness.ranks import Place, micro_batch_size
+from harness import doctor
+from harness.ranks import Place
+from harness.shards import download_of
 from results import markdown, publish
 from rules import Rule
 
@@ -35,10 +41,11 @@ NODE = 8  # GPUs that NVLink connects
 
 
 class GPU(NamedTuple):
-    """The first four are from NVIDIA's data sheets of the SXM cards."""
+    """The first five are from NVIDIA's data sheets of the SXM cards."""
     peak: float  # TFLOP/s, dense bf16
     fp32: float  # TFLOP/s, without tensor cores
     hbm: float  # GB/s
+    memory: int  # GB
     sms: int
     nvlink: float  # GB/s of a ring's bus bandwidth in a node
     network: float  # GB/s a GPU between nodes: its own InfiniBand card's
@@ -52,10 +59,10 @@ SUSTAINED = 0.579
 # H100: figures 5 and 6 of FlashAttention-3 (arXiv 2407.08608), read at 1k; backward 3/4 of the non-causal one, assumed.
 HOPPER = {"FA2": (260, 195), "cuDNN": (410, 306)}
 GPUS = {  # nvlink: A100's is NCCL's own ceiling (tuning.cc), the others are assumed; network: an HDR or NDR card each
-    "A100": GPU(312, 19.5, 2039, 108, 235, 25, {"FA2": (150, 112)}),  # attention: assumed
-    "H100": GPU(989, 67, 3350, 132, 370, 50, HOPPER),
-    "H200": GPU(989, 67, 4800, 132, 370, 50, HOPPER),
-    "B200": GPU(2250, 75, 8000, 148, 700, 50, {"cuDNN": (933, 696)}),  # attention: H100's share of the peak, assumed
+    "A100": GPU(312, 19.5, 2039, 80, 108, 235, 25, {"FA2": (150, 112)}),  # attention: assumed
+    "H100": GPU(989, 67, 3350, 80, 132, 370, 50, HOPPER),
+    "H200": GPU(989, 67, 4800, 141, 132, 370, 50, HOPPER),
+    "B200": GPU(2250, 75, 8000, 180, 148, 700, 50, {"cuDNN": (933, 696)}),  # attention: H100's share, assumed
 }
 STREAM = 0.87  # of HBM, by elementwise kernels; assumed
 TRITON = 0.85  # of cuBLAS's rate, by our products; assumed: 4.2 TFLOP/s an SM
@@ -69,6 +76,7 @@ FP32 = 0.75  # of the card's fp32 rate, by cuBLAS in products without TF32; assu
 # with a QR every tenth step: published, it takes 10.9 ms longer than #11 on the same machine; the model says 13.7. That
 # it is the same for every card is assumed.
 COLUMN = 7.25e-6
+PRICE = 2.5  # dollars of a GPU for an hour; assumed
 LAUNCH = {"fused": 2e-6, "published": 5e-6}  # seconds a kernel of the optimizer, in a CUDA graph and without; assumed
 MODEL_LAUNCH = 5e-6  # seconds a kernel of the model, which no graph replays; assumed
 # NCCL's model of a ring (github.com/NVIDIA/nccl, src/graph/tuning.cc, 01afd20a): microseconds of a collective, of a hop
@@ -108,9 +116,9 @@ def seconds(kernels: list[Kernel], gpu: GPU, attention: str, launch: float) -> f
 
 
 def product(count: int, m: int, n: int, k: int, rate: str = "cuBLAS", extra: float = 0) -> Kernel:
-    """C (m, n) = A (m, k) B (k, n) in bf16, with `extra` bytes of an epilogue."""
-    tiles = ceil(m / TILE) * ceil(n / TILE) * max(1, k // SPLIT)
-    return Kernel(count, 2 * m * n * k, 2 * (m * k + k * n + m * n) + extra, tiles, rate)
+    """C (m, n) = A (m, k) B (k, n) in bf16, or at the rate of fp32 in fp32, with `extra` bytes of an epilogue."""
+    tiles, size = ceil(m / TILE) * ceil(n / TILE) * max(1, k // SPLIT), 4 if rate == "fp32" else 2
+    return Kernel(count, 2 * m * n * k, size * (m * k + k * n + m * n) + extra, tiles, rate)
 
 
 @cache
@@ -130,9 +138,10 @@ def matrices_of_blocks(shapes: dict[str, torch.Size]) -> list[tuple[str, int, in
     return [(name, *shape) for name, shape in shapes.items() if name.startswith("blocks.") and len(shape) == 2]
 
 
-def block_matrices(hp: train_gpt.Hyperparameters) -> list[tuple[str, int, int]]:
-    """(name, out, in) of the matrices that are not AdamW's; q, k and v are three."""
-    return matrices_of_blocks(apart(hp))
+def block_matrices(hp: train_gpt.Hyperparameters) -> list[tuple[int, int, Rule]]:
+    """(out, in, rule) of each matrix of the blocks; q, k and v are three."""
+    return [(m, n, hp.rule("mlp_update" if ".mlp." in name else "matrix_update"))
+            for name, m, n in matrices_of_blocks(apart(hp))]
 
 
 ########################################
@@ -158,7 +167,8 @@ def model_kernels(hp: train_gpt.Hyperparameters, sequences: int, form: str) -> d
     else:  # and the sum of dx of q, k, v
         elementwise += [Kernel(2 * layers, 0, 5 * d), Kernel(5 * layers, 0, d), Kernel(layers, 0, 3 * d)]
     if hp.activation == "swiglu":
-        elementwise += [Kernel(layers, 0, 3 * f), Kernel(layers, 0, 5 * f), Kernel(2 * layers, 0, f)]
+        elementwise += [Kernel(layers, 0, 3 * f), Kernel(layers, 0, 5 * f), Kernel(2 * layers, 0, f),
+                        Kernel(layers, 0, 3 * d)]  # the sum of dx of gate and fc
     elif not fused:
         elementwise += [Kernel(layers, 0, 2 * f), Kernel(layers, 0, 3 * f), Kernel(layers, 0, f)]
     passes = 3 if form == "fused" else 4  # read; read and write; and, published, read for the bias's gradient
@@ -178,62 +188,78 @@ def flops(hp: train_gpt.Hyperparameters) -> dict[str, float]:
     """Of a step of the whole batch, by part; attention as the kernels do it, the causal half."""
     parts = model_kernels(hp, hp.batch_tokens // hp.sequence_length, "published")
     total = {name: sum(k.count * k.flops for k in kernels) for name, kernels in parts.items()}
-    rule = Rule.of(hp.matrix_update)
-    matrices = [(m, n) for _, m, n in block_matrices(hp)]
-    found = {"products": total["products"], "attention": total["attention"],
-             "Newton-Schulz": sum(polar_factors(rule, m, n) * polar_flops(m, n) for m, n in matrices)}
-    for name, part in (("fp32 products of updates", fp32_kernels), ("second parts", second_part)):
-        if work := sum(k.count * k.flops for m, n in matrices for k in part(1, m, n, rule, "fused")):
+    found = {"products": total["products"], "attention": total["attention"]}
+    for name, kernels in (
+            ("Newton-Schulz", lambda *matrix: newton_schulz_kernels(1, *matrix, "published", torch.bfloat16)),
+            ("Newton-Schulz in fp32", lambda *matrix: newton_schulz_kernels(1, *matrix, "published", torch.float32)),
+            ("fp32 products of updates", lambda *matrix: fp32_kernels(1, *matrix, "fused")),
+            ("second parts", lambda *matrix: second_part(1, *matrix, "fused"))):
+        if work := sum(k.count * k.flops for matrix in block_matrices(hp) for k in kernels(*matrix)):
             found[name] = work
     return found
 
 
-def polar_factors(rule: Rule, m: int, n: int) -> int:
+class Routine(NamedTuple):
+    """Of a polar factor: the (a, b, c) of its Newton-Schulz iteration, and what it multiplies in."""
+    table: tuple = SIMPLE_QUINTIC_12
+    dtype: torch.dtype = torch.bfloat16
+
+
+CANS = Routine(CANS_12, torch.float32)
+ROUTINES = {"jordan_polar": Routine(QUINTIC_5), "cans_polar": CANS, "aurora_july": CANS, "aurora_paper": CANS,
+            "riemannian_aurora": Routine(POLAR_EXPRESS_8, torch.float32)}  # of stages; all others have the record's
+
+
+def polar_factors(rule: Rule, m: int, n: int) -> Counter[Routine]:
     """How many polar factors an update of an m x n matrix takes: several where its rows or columns are evened."""
     evened = {"aurora": m != n, "aurora_july": m > n, "aurora_paper": m > n, "aurora_wide": m < n,
               "riemannian_aurora": m != n}
-    found = 0
+    found = Counter()
     for stage, given in rule.parts:
-        knobs = {name: knob.default for name, knob in stage.knobs.items()} | given
-        if not evened.get(stage.name):
-            found += stage.name in evened or stage.name.endswith("polar")
-        else:
-            found += knobs["iterations"] if "iterations" in knobs else 3 + 2 * knobs["steps"]
+        if stage.name in evened or stage.name.endswith("polar"):
+            knobs = {name: knob.default for name, knob in stage.knobs.items()} | given
+            many = knobs["iterations"] if "iterations" in knobs else 3 + 2 * knobs.get("steps", 0)
+            found[ROUTINES.get(stage.name, Routine())] += many if evened.get(stage.name) else 1
     return found
-
-
-def polar_flops(m: int, n: int) -> float:
-    m, n = sorted((m, n))
-    return 12 * (2 * m * m * n + 2 * m**3 + 2 * m * m * n)
 
 
 ########################################
 #              Optimizer               #
 ########################################
 
-def polar_kernels(count: int, m: int, n: int, form: str) -> list[Kernel]:
-    """Twelve Newton-Schulz iterations of `count` matrices: published, one after the other, with every addend copied
-    before cuBLAS adds to it; fused, batched, the symmetric products' lower tiles in Triton, cuBLAS for the third."""
+def polar_kernels(count: int, m: int, n: int, form: str, routine: Routine = Routine()) -> list[Kernel]:
+    """A polar factor of `count` matrices: published, one after the other, with every addend copied before cuBLAS adds
+    to it; fused, batched, in bf16 the symmetric products' lower tiles in Triton, cuBLAS for the third and for fp32. An
+    iteration with c = 0 scales the square where others multiply it."""
     m, n = sorted((m, n))
-    square, whole = 2 * m * m, 2 * m * n  # bytes
+    steps, quintic, size = len(routine.table), sum(c != 0 for *_, c in routine.table), routine.dtype.itemsize
+    square, whole = size * m * m, size * m * n  # bytes
+    rate = "fp32" if size == 4 else "cuBLAS"
     if form == "published":
-        gram, power, advance = product(12 * count, m, m, n), product(12 * count, m, m, m), product(12 * count, m, n, m)
-        return [gram, power, advance, Kernel(24 * count, 0, 2 * square), Kernel(24 * count, 0, 2 * whole)]
+        products = (steps, m, m, n), (quintic, m, m, m), (steps, m, n, m)
+        return [*(product(times * count, *shape, rate) for times, *shape in products),
+                Kernel(2 * steps * count, 0, 2 * square), Kernel(2 * steps * count, 0, 2 * whole)]
     t = ceil(m / TILE)
-    half = (t + 1) / (2 * t)
+    symmetric = ("Triton", (t + 1) / (2 * t)) if size == 2 else (rate, 1)
 
-    def batched(m, n, k, share, rate):
-        one = product(1, m, n, k)
+    def batched(times, m, n, k, rate, share=1):
+        one = product(1, m, n, k, rate)
         tiles = count * share * ceil(m / TILE) * ceil(n / TILE)
-        return Kernel(12, one.flops * count * share, one.bytes * count, tiles, rate)
+        return Kernel(times, one.flops * count * share, one.bytes * count, tiles, rate)
 
-    return [batched(m, m, n, half, "Triton"), batched(m, m, m, half, "Triton"), batched(m, n, m, 1, "cuBLAS"),
-            Kernel(12, 0, 2 * whole * count)]
+    return [batched(steps, m, m, n, *symmetric), batched(quintic, m, m, m, *symmetric), batched(steps, m, n, m, rate),
+            Kernel(steps, 0, 2 * whole * count), Kernel(steps if size == 4 else 0, 0, 2 * square * count)]
+
+
+def newton_schulz_kernels(count: int, m: int, n: int, rule: Rule, form: str, *dtypes: torch.dtype) -> list[Kernel]:
+    """Of all polar factors of an update; of those in `dtypes` where these are given."""
+    return [kernel for routine, factors in polar_factors(rule, m, n).items() if routine.dtype in dtypes or not dtypes
+            for kernel in polar_kernels(count, m, n, form, routine) * factors]
 
 
 class Work(NamedTuple):
-    """What a stage does in fp32 to an m x n matrix. Of a product: (rows, columns, inner)."""
-    products: Callable  # (m, n) -> those of its first part
+    """What a stage does in fp32 to an m x n matrix, beside its polar factors. Of a product: (rows, columns, inner)."""
+    products: Callable  # (m, n, and its knobs by name) -> those of its first part
     later: Callable = lambda m, n: []  # those of its second
     qr: Callable = lambda m, n: []  # sizes of the square matrices whose QR the second part takes
 
@@ -245,7 +271,9 @@ def gram(m: int, n: int) -> tuple[int, int, int]:
 
 WORK = {
     "schatten4_polar": Work(lambda m, n: [gram(m, n)]),
-    "soap": Work(lambda m, n: [(m, n, m), (m, n, n), (m, n, m), (m, n, n),  # into the bases and back
+    "riemannian_aurora": Work(lambda m, n, steps=3, **_: [  # of its tangents, each by ten steps of conjugate gradients
+        gram(m, n), (max(m, n), min(m, n), min(m, n))] * 12 * steps * (m != n)),
+    "soap": Work(lambda m, n, **_: [(m, n, m), (m, n, n), (m, n, m), (m, n, n),  # into the bases and back
                                gram(m, n), gram(m, n), (m, m, n), (n, n, m)],  # two norms; covariances
                  lambda m, n: [(m, m, m), (n, n, n)], lambda m, n: [m, n]),
 }
@@ -257,14 +285,14 @@ def in_fp32(count: int, shapes: list[tuple[int, int, int]], form: str) -> list[K
     for shape in shapes:
         one = product(1, *shape, "fp32")
         calls, each = (count, 1) if form == "published" else (1, count)
-        found.append(Kernel(calls, each * one.flops, 2 * each * one.bytes, each * one.tiles, "fp32"))
+        found.append(Kernel(calls, each * one.flops, each * one.bytes, each * one.tiles, "fp32"))
     return found
 
 
 def fp32_kernels(count: int, m: int, n: int, rule: Rule, form: str) -> list[Kernel]:
     """The fp32 products in the stages' first parts."""
-    return [kernel for stage, _ in rule.parts if stage.name in WORK
-            for kernel in in_fp32(count, WORK[stage.name].products(m, n), form)]
+    return [kernel for stage, knobs in rule.parts if stage.name in WORK
+            for kernel in in_fp32(count, WORK[stage.name].products(m, n, **knobs), form)]
 
 
 def second_part(count: int, m: int, n: int, rule: Rule, form: str) -> list[Kernel]:
@@ -289,7 +317,7 @@ def second_part(count: int, m: int, n: int, rule: Rule, form: str) -> list[Kerne
 def tail(m: int, n: int, rule: Rule, form: str) -> tuple[int, int]:
     """fp32 passes over a matrix and kernels of its update, beside Newton-Schulz: those of the nearest rule in TAIL."""
     names = " ".join(part.stage.name for part in rule.parts)
-    if "aurora" in names and form == "fused" and m == n:  # nothing to balance, and contra stays
+    if "aurora" in names and form == "fused" and polar_factors(rule, m, n).total() == 1:  # nothing to even
         return TAIL[form, "muon"]
     if "soap" in names:
         return TAIL[form, "square soap" if m == n else "soap"]
@@ -301,7 +329,7 @@ def update_kernels(count: int, m: int, n: int, rule: Rule, form: str) -> list[Ke
     passes, kernels = tail(m, n, rule, form)
     calls = count if form == "published" else 1
     rest = Kernel(kernels * calls, 0, 4 * m * n * passes / kernels * count / calls)
-    return polar_kernels(count, m, n, form) * polar_factors(rule, m, n) + fp32_kernels(count, m, n, rule, form) + [rest]
+    return [*newton_schulz_kernels(count, m, n, rule, form), *fp32_kernels(count, m, n, rule, form), rest]
 
 
 def collective(gpus: int, nodes: int, size: float, gpu: GPU, trips: int = 1) -> float:
@@ -320,19 +348,25 @@ class Bank(NamedTuple):
     name: str  # of its first parameter
     count: int  # of what is owned whole, a matrix or a number
     numel: int  # of one
-    shape: tuple[int, int] | None  # of a matrix, which matrix_update moves; AdamW moves the others
+    shape: tuple[int, int] | None  # of a matrix
+    rule: Rule
 
     def share(self, gpus: int) -> int:
         return ceil(self.count / gpus)
 
 
 @cache
+def made_banks(hp: train_gpt.Hyperparameters) -> list[train_gpt.Bank]:
+    """The trainer's on one GPU, without data."""
+    with torch.device("meta"):
+        return train_gpt.make_banks(train_gpt.GPT(hp), hp, Place(0, 1, torch.device("meta")))
+
+
+@cache
 def banks(hp: train_gpt.Hyperparameters) -> list[Bank]:
     """The trainer's, in the order in which the step processes them."""
-    with torch.device("meta"):
-        made = train_gpt.make_banks(train_gpt.GPT(hp), hp, Place(0, 1, torch.device("meta")))
     return [Bank(next(iter(bank.params)), bank.shares.count, bank.masters[0].numel(),
-                 tuple(bank.masters[0].shape) or None) for bank in made]
+                 tuple(bank.masters[0].shape) or None, bank.rule) for bank in made_banks(hp)]
 
 
 def wire(hp: train_gpt.Hyperparameters, gpus: int) -> tuple[float, float]:
@@ -352,16 +386,16 @@ def sharded_step(hp: train_gpt.Hyperparameters, gpus: int, nodes: int, gpu: GPU,
     """All reduce-scatters are queued at once. A bank is updated when its gradient is there and the bank before is done,
     with its second part, unless that is hidden; its all-gather joins the queue after the first part. NCCL works the
     queue off in order."""
-    backend, rule = next(iter(gpu.attention)), Rule.of(hp.matrix_update)
+    backend = next(iter(gpu.attention))
     arrived, wires, done, busy, later, ready = [], 0.0, 0.0, 0.0, 0.0, []
     for bank in banks(hp):
         wires += collective(gpus, nodes, 4 * bank.share(gpus) * gpus * bank.numel, gpu)
         arrived.append(wires)
     for bank, arrival in zip(banks(hp), arrived):
         share, second = bank.share(gpus), []
-        if bank.shape and not rule.in_place:
-            kernels = update_kernels(share, *bank.shape, rule, "fused")
-            second = second_part(share, *bank.shape, rule, "fused")
+        if bank.shape and not bank.rule.in_place:
+            kernels = update_kernels(share, *bank.shape, bank.rule, "fused")
+            second = second_part(share, *bank.shape, bank.rule, "fused")
         else:
             kernels = [Kernel(2, 0, 15 * share * bank.numel)]  # gradient, weight and moments in fp32, weight in bf16
         first, second = (seconds(part, gpu, backend, LAUNCH["fused"]) for part in (kernels, second))
@@ -377,20 +411,21 @@ def published_step(hp: train_gpt.Hyperparameters, gpus: int, nodes: int, gpu: GP
     """None of the collectives travels beside other work, and no second part is hidden: an all-reduce of each parameter;
     then for each round of one matrix a rank, in the order of their shapes, the longest of its updates and an
     all-gather, and copies out of its buffer."""
-    backend, rule = next(iter(gpu.attention)), Rule.of(hp.matrix_update)
-    shapes = [] if rule.in_place else sorted(((m, n) for _, m, n in block_matrices(hp)), reverse=True)
-    rest = sum(s.numel() for s in parameters(hp).values()) - sum(m * n for m, n in shapes)
+    backend = next(iter(gpu.attention))
+    rules = {rule.text: rule for *_, rule in block_matrices(hp)}
+    matrices = sorted(((m, n, rule.text) for m, n, rule in block_matrices(hp) if not rule.in_place), reverse=True)
+    rest = sum(s.numel() for s in parameters(hp).values()) - sum(m * n for m, n, _ in matrices)
     busy = seconds([Kernel(2, 0, 14 * rest)], gpu, backend, LAUNCH["published"])  # AdamW, of all, on every rank
     travel = sum(collective(gpus, nodes, s.numel() * (2 if name == "embed.weight" else 4), gpu, trips=2)
                  for name, s in apart(hp).items())
-    first, second = ({(m, n): seconds(part(1, m, n, rule, "published"), gpu, backend, LAUNCH["published"])
-                      for m, n in set(shapes)} for part in (update_kernels, second_part))
+    first, second = ({(m, n, rule): seconds(part(1, m, n, rules[rule], "published"), gpu, backend, LAUNCH["published"])
+                      for m, n, rule in set(matrices)} for part in (update_kernels, second_part))
     later = 0.0
-    for start in range(0, len(shapes), gpus):
-        longest = max(shapes[start:start + gpus], key=lambda shape: first[shape] + second[shape])
+    for start in range(0, len(matrices), gpus):
+        longest = max(matrices[start:start + gpus], key=lambda matrix: first[matrix] + second[matrix])
         busy, later = busy + first[longest], later + second[longest]
         if gpus > 1:
-            size = 4 * max(m * n for m, n in shapes[start:start + gpus]) * gpus
+            size = 4 * max(m * n for m, n, _ in matrices[start:start + gpus]) * gpus
             copies = seconds([Kernel(2, 0, 2 * size)], gpu, backend, LAUNCH["published"])
             travel += collective(gpus, nodes, size, gpu) + copies
     return Step(busy, later, busy + later + travel)
@@ -399,6 +434,24 @@ def published_step(hp: train_gpt.Hyperparameters, gpus: int, nodes: int, gpu: GP
 ########################################
 #              Prediction              #
 ########################################
+
+@cache
+def kept(hp: train_gpt.Hyperparameters) -> list[doctor.Kept]:
+    return doctor.banks(hp)
+
+
+def memory(hp: train_gpt.Hyperparameters, gpus: int, sequences: int) -> float:
+    """Bytes that one of `gpus` needs for micro-batches of so many sequences, after harness/doctor.py's model."""
+    run = vars(hp) | dict(mlp_dim=hp.mlp_dim, banks=kept(hp))
+    return doctor.step_bytes(run, sequences, True, gpus)
+
+
+def micro_batch(hp: train_gpt.Hyperparameters, name: str, gpus: int) -> int:
+    """Sequences of a micro-batch: the most that the recipe allows, a GPU's memory holds and its share divides into."""
+    share = hp.batch_tokens // hp.sequence_length // gpus
+    sizes = [size for size in range(1, min(share, hp.micro_batch) + 1) if share % size == 0]
+    return max((size for size in sizes if memory(hp, gpus, size) <= GPUS[name].memory * 1e9), default=1)
+
 
 def breakdown(hp: train_gpt.Hyperparameters, name: str, gpus: int, nodes: int | None = None, form: str = "fused",
               attention: str | None = None, hidden: bool = False) -> dict[str, float]:
@@ -409,7 +462,7 @@ def breakdown(hp: train_gpt.Hyperparameters, name: str, gpus: int, nodes: int | 
     if sequences % gpus or gpus % nodes:
         raise ValueError(f"{gpus} GPUs in {nodes} nodes: {sequences} sequences and the nodes must share equally")
     gpu = GPUS[name]
-    micro = micro_batch_size(sequences // gpus, hp.micro_batch)
+    micro = micro_batch(hp, name, gpus)
     attention = attention or list(gpu.attention)[-1]
     parts = {part: 1000 * (sequences // gpus // micro) * seconds(kernels, gpu, attention, MODEL_LAUNCH)
              for part, kernels in model_kernels(hp, micro, form).items()}
@@ -475,9 +528,9 @@ def counts(hp: train_gpt.Hyperparameters) -> list[int]:
 
 
 def row(hp: train_gpt.Hyperparameters, gpu: str, gpus: int) -> dict:
-    """What a GPU of `gpus` does in a step. Lost is what a part takes above its time on one GPU, divided."""
-    sequences = hp.batch_tokens // hp.sequence_length // gpus
-    micro = micro_batch_size(sequences, hp.micro_batch)
+    """What a GPU of `gpus` does in a step. Lost is what a part takes above its time on one GPU, divided: below 0 where
+    that one's memory holds smaller micro-batches."""
+    sequences, micro = hp.batch_tokens // hp.sequence_length // gpus, micro_batch(hp, gpu, gpus)
     kernels = [k for part in model_kernels(hp, micro, "fused").values() for k in part]
     parts, alone = breakdown(hp, gpu, gpus), breakdown(hp, gpu, 1)
     updates, communication, later = (parts[x] for x in ("updates", "exposed communication", "second parts"))
@@ -500,9 +553,33 @@ def row(hp: train_gpt.Hyperparameters, gpu: str, gpus: int) -> dict:
             "to owned shares, ms": round(owned - owned_alone / gpus, 2)}
 
 
+def whole_run(hp: train_gpt.Hyperparameters, name: str, gpus: int) -> dict:
+    """Its steps; validations, checkpoints and compilation come on top. MFU: of the model's FLOPs alone, the recomputed
+    ones of attention left out."""
+    ms, micro, gpu = predict(hp, name, gpus), micro_batch(hp, name, gpus), GPUS[name]
+    work, hours = flops(hp), hp.last_step * ms / 3.6e6
+    held = memory(hp, gpus, micro) / 1e9
+    useful = work["products"] + work["attention"] * 6 / 7
+    return {"GPUs": gpus, "micro-batch": micro,
+            f"memory, of {gpu.memory} GB": f"{held:.1f}" + ", too much" * (held > gpu.memory),
+            "step, ms": ms, "tokens/s": round(1000 * hp.batch_tokens / ms),
+            "MFU": f"{useful / (gpus * gpu.peak * 1e9 * ms):.0%}", "hours": hours, "GPU-hours": gpus * hours,
+            f"dollars at {PRICE} a GPU-hour": PRICE * gpus * hours}
+
+
+def tokens_of(hp: train_gpt.Hyperparameters) -> str:
+    """How many the run reads, and where they come from."""
+    download, billions = download_of(hp), hp.last_step * hp.batch_tokens / 1e9
+    return (f"{hp.last_step:,} steps of {hp.batch_tokens:,} tokens: {billions:.4g} billion. "
+            + (f"`python {download}` fetches them." if download else f"They are {hp.train_files}."))
+
+
 def stops(hp: train_gpt.Hyperparameters, name: str) -> str:
-    """Where the batch stops scaling, and why."""
-    every = {gpus: row(hp, name, gpus) for gpus in counts(hp)}
+    """Where the batch stops scaling, and why; among the numbers of GPUs whose memory holds the run."""
+    every = {gpus: row(hp, name, gpus) for gpus in counts(hp)
+             if memory(hp, gpus, micro_batch(hp, name, gpus)) <= GPUS[name].memory * 1e9}
+    if not every:
+        return f"{name}: the run does not fit the memory of any number of them."
     fastest = min(every, key=lambda gpus: every[gpus]["step, ms"])
     half = max(gpus for gpus, at in every.items() if int(at["efficiency"][:-1]) >= 50)
     at = every[fastest]
@@ -518,16 +595,18 @@ def main(words: list[str]):
     words, out = parse("roofline", __doc__, words)
     names = [word for word in words if word in GPUS] or ["H100"]
     hp = train_gpt.override([word for word in words if word not in GPUS])
-    work = flops(hp)
+    work, sizes = flops(hp), [gpus for gpus in (1, 8, 16, 64, 512) if gpus in counts(hp)]
     few = [gpus for gpus in (1, 8) if gpus in counts(hp)]
     machines = [{"GPU": name, **{f"on {gpus}, ms": round(predict(hp, name, gpus), 1) for gpus in few}} for name in GPUS]
     publish("bench.roofline", words, out,
             "Predicted, not measured. FLOPs of a step: "
             f"{', '.join(f'{part} {x / 1e12:.4g} TFLOP' for part, x in work.items())}.",
+            tokens_of(hp),
             "## The published programs", markdown(check()),
             *(part for name in names for part in (
                 f"## This program, {name}: what one GPU does in a step", stops(hp, name),
-                markdown([row(hp, name, gpus) for gpus in (1, 8, 16, 64, 512) if gpus in counts(hp)]))),
+                markdown([row(hp, name, gpus) for gpus in sizes]),
+                f"## The whole run, {name}", markdown([whole_run(hp, name, gpus) for gpus in sizes]))),
             "## This program, other GPUs", markdown(machines))
 
 

@@ -183,7 +183,7 @@ def read_state(folder: Path, hashed: bool = True) -> dict:
     """A checkpoint that a run has written; ValueError, in one line, for any other."""
     state = read_checkpoint(folder, hashed)
     if not isinstance(state, dict) or {name: type(value) for name, value in state.items()} != STATE:
-        raise ValueError(f"{folder} is no checkpoint of a run")
+        raise ValueError(f"{folder} is no checkpoint of a run, or of another version's, whose commit its log names")
     return state
 
 

@@ -5,11 +5,12 @@
 The exit code is 0 where nothing would end the run. Uses no GPU, and PyTorch only in a process of its own.
 
 How much memory a step takes is computed, not measured, and meant as a bound: 8 bytes a parameter (weight and gradient
-in bf16, the gradients' sum in fp32); of the parameters that a GPU owns, their masters, what the update rule keeps, and
-what passes while the stack that needs most is updated, as PyTorch's meta device counts them; for each token of a
-micro-batch what the backward pass needs: in bf16 a layer's 8 vectors of model_dim and 1 of mlp_dim (swiglu: 3), 8
-vectors beside the layers, and the logits; RESERVE. It is at most a tenth above what bench/graph.py counts. GPUs that do
-not run the kernels keep 2 vectors of mlp_dim, and 8 bytes a logit (bf16, its gradient, an fp32 copy).
+in bf16, the gradients' sum in fp32), and 6 for what pads a bank to equal shares; of the parameters that a GPU owns,
+their masters, what the update rule keeps, and what passes while the stack that needs most is updated, as PyTorch's meta
+device counts them; for each token of a micro-batch what the backward pass needs: in bf16 a layer's 8 vectors of
+model_dim and 1 of mlp_dim (swiglu: 3), 8 vectors beside the layers, and the logits; RESERVE. Updates aside it is at
+most a tenth above what bench/graph.py counts, whose compiled updates take less than what passes here. GPUs that do not
+run the kernels keep 2 vectors of mlp_dim, and 8 bytes a logit (bf16, its gradient, an fp32 copy).
 """
 
 import argparse
@@ -52,6 +53,7 @@ class Finding(NamedTuple):
 class Kept(NamedTuple):
     """What the owner of a bank's slots, which are matrices or numbers, has of each of them."""
     slots: int
+    numel: int  # of a slot
     bytes: int  # master, and what the update rule keeps; a checkpoint holds them too
     passing: float  # bytes that an update takes beside that, while it runs
 
@@ -76,14 +78,14 @@ def doctor(words: list[str], price: float | None = None) -> dict:
     asked = os.environ.get("WORLD_SIZE", "")  # the dry run refuses what is no number of processes
     world = int(asked) if asked.isdecimal() and int(asked) else max(1, len(gpus))
     run, plan, complaints = dry_run(words or ([] if gpus else ["@tiny"]), world)
-    parameters = int(plan.split(" ")[0].replace(",", "")) if plan else 0
     findings += [*packages(gpus), *driver(gpus), *waits(gpus), *taken(gpus), *port(), *resolves(), *options()]
     saved = 0
-    if plan:
+    if run:  # its data may be missing: whether it would fit is to be known before they are fetched
         size = checkpoint_bytes(run, world)
         saved = 2 * size if run["checkpoints"] else 0  # the old one stays until the new is whole
-        plan = "\n".join([plan, f"a checkpoint: {size / 1e9:.3g} GB", *estimate(run, plan, gpus, world, price)])
-        findings += memory(run, parameters, gpus, world)
+        lines = plan.splitlines() + [f"a checkpoint: {size / 1e9:.3g} GB"]
+        plan = "\n".join(lines + (estimate(run, plan, gpus, world, price) if plan else []))
+        findings += memory(run, gpus, world)
     findings += [*disk(Path("logs"), saved), *complaints]
     return {"verdict": not any(f.ends for f in findings), "python": sys.version.split()[0], "torch": version("torch"),
             "gpus": [gpu._asdict() for gpu in gpus], "plan": plan, "findings": [f._asdict() for f in findings]}
@@ -254,17 +256,18 @@ def checkpoint_bytes(run: dict, world: int) -> int:
     return sum(kept.share(world) * world * kept.bytes for kept in run["banks"])
 
 
-def step_bytes(run: dict, parameters: int, sequences: int, kernels: bool, world: int) -> float:
+def step_bytes(run: dict, sequences: int, kernels: bool, world: int) -> float:
     """The memory that a step takes with a micro-batch of so many sequences, after the model above."""
+    replica = sum(kept.numel * (6 * kept.share(world) * world + 2 * kept.slots) for kept in run["banks"])
     hidden = 3 if run["activation"] == "swiglu" else 1 if kernels else 2
     layer = 8 * run["model_dim"] + hidden * run["mlp_dim"]
     token = 2 * (run["num_layers"] * layer + 8 * run["model_dim"]) + (2 if kernels else 8) * run["vocab_size"]
     owned = sum(kept.share(world) * kept.bytes for kept in run["banks"])
     passing = max(kept.share(world) * kept.passing for kept in run["banks"])
-    return 8 * parameters + owned + passing + sequences * run["sequence_length"] * token + RESERVE
+    return replica + owned + passing + sequences * run["sequence_length"] * token + RESERVE
 
 
-def memory(run: dict, parameters: int, gpus: list[Gpu], world: int) -> list[Finding]:
+def memory(run: dict, gpus: list[Gpu], world: int) -> list[Finding]:
     """Whether the micro-batch fits the free memory of every GPU that tells of it, and which one would."""
     silent = ", ".join(str(gpu.index) for gpu in gpus if gpu.total is None)
     found = [Finding(f"GPU {silent}: memory not told by nvidia-smi", "whether a micro-batch fits there is not known",
@@ -274,7 +277,7 @@ def memory(run: dict, parameters: int, gpus: list[Gpu], world: int) -> list[Find
     sizes = [n for n in range(1, min(sequences, run["micro_batch"]) + 1) if sequences % n == 0]  # as the trainer does
     free = min((gpu.total - gpu.used for gpu in gpus if gpu.total is not None), default=sys.maxsize)
     kernels = all(gpu.capability[0].isdigit() and float(gpu.capability) >= 8 for gpu in gpus)  # or [N/A]
-    needs = {n: step_bytes(run, parameters, n, kernels, world) for n in sizes}
+    needs = {n: step_bytes(run, n, kernels, world) for n in sizes}
     fitting = [n for n in sizes if needs[n] <= free]
     if fitting == sizes:
         return found
@@ -291,7 +294,7 @@ def estimate(run: dict, plan: str, gpus: list[Gpu], world: int, price: float | N
         return []
     as_17 = "not a record attempt" not in plan and "| aurora(" in run["matrix_update"]
     if not gpus[0].name.endswith("H100 80GB HBM3") or not as_17:
-        return [f"time: no step of this run was published for {gpus[0].name}"]
+        return [f"time: no step of this run was published for {gpus[0].name}; python -m bench.roofline predicts one"]
     with open(ROOT / "records" / "published" / "record_17_curves.csv", newline="") as file:
         ms = statistics.median(float(row["step_avg_ms"]) for row in csv.DictReader(file) if row["step_avg_ms"])
     hours = run["trials"] * run["train_steps"] * ms * 8 / world / 3.6e6
@@ -375,7 +378,8 @@ def banks(hp) -> list[Kept]:
     trainer = sys.modules[type(hp).__module__]
     with torch.device("meta"):
         made = trainer.make_banks(trainer.GPT(hp), hp, Place(0, 1, torch.device("meta")))
-    return [Kept(bank.shares.count, sum(x.nbytes for x in (bank.masters, *bank.state.values())) // bank.shares.padded,
+    return [Kept(bank.shares.count, bank.masters[0].numel(),
+                 sum(x.nbytes for x in (bank.masters, *bank.state.values())) // bank.shares.padded,
                  passing(bank) / bank.shares.padded) for bank in made]
 
 

@@ -11,6 +11,7 @@ from records.statistics import Moments, crossing, judge, t_cdf
 
 # From the mean and deviation of its 20 published runs: its true margin is 0.00116 nats.
 FAITHFUL = "note: a faithful rerun of result #17 passes at 3175 in 0.5% of cases at n=1, 6% at n=4; see reproduce"
+NO_TARGET = "target_loss=0 is no target; `compare` tells two programs apart"
 RULE_5 = "note: rule 5 of the track allows no run to be left out because of its losses"
 
 
@@ -25,7 +26,8 @@ def verify(sample: Sample) -> dict:
         raise ValueError(f"{sample.partial}: only runs from step 0 are evidence")
     steps = {step: judge(at, sample.target) for step, at in sample.moments.items()}
     earliest = sample.earliest()
-    if sample.foreign:  # its curve is shown, and judged by nothing
+    unjudged = another(sample.foreign) or NO_TARGET * (not sample.target)
+    if unjudged:  # its curve is shown
         steps = {step: at._replace(passes=False, runs_needed=None) for step, at in steps.items()}
         earliest = None
     return {
@@ -41,7 +43,7 @@ def verify(sample: Sample) -> dict:
         "devices": Counter(trial.device + f", world_size {trial.world}" * (trial.world > 0) for trial in sample.used
                            if sample.source),
         "mixed": sample.mixture,
-        "foreign": sample.foreign,
+        "unjudged": unjudged,
         "remarks": sample.remarks,
         "steps": [{"step": step, **at._asdict()} for step, at in steps.items()],
         "crossing": crossings(sample),
@@ -86,13 +88,13 @@ def text(result: dict, every_step: bool = False) -> str:
         lines.append(f"interpolated, descriptive only: {at['n']} of {at['of']} runs cross {result['target']:g}, "
                      f"on average at step {at['mean']:.0f}{spread}")
     at = next(at for at in result["steps"] if at["step"] == quoted(result))
-    if not result["foreign"]:
+    if not result["unjudged"]:
         lines.append(significance(at, result["target"]))
     if at["n"] < started:
         lines.append(RULE_5)
     lines += [f"note: {remark}" for remark in result["remarks"]]
     lines.append(sentence(result) + ("; mixed" if result["mixed"] else ""))
-    if not result["verdict"] and not result["foreign"] and used <= 4 and result["target"] == UPSTREAM_TARGET:
+    if not result["verdict"] and not result["unjudged"] and used <= 4 and result["target"] == UPSTREAM_TARGET:
         lines.append(FAITHFUL)
     return "\n".join(lines)
 
@@ -121,7 +123,7 @@ def table(result: dict, every_step: bool) -> list[str]:
     for at in shown(result, every_step):
         sd = "-" if at["sd"] is None else f"{at['sd']:.5f}"
         lines.append(f"{at['step']:>7}{at['n']:>5}{at['mean']:>11.6f}{sd:>9}{at['statistic']:>+12.5f}"
-                     f"{'-' if result['foreign'] else 'PASS' if at['passes'] else 'FAIL':>6}"
+                     f"{'-' if result['unjudged'] else 'PASS' if at['passes'] else 'FAIL':>6}"
                      f"{at['runs_needed'] or '-':>13}")
     return lines
 
@@ -138,8 +140,8 @@ def sentence(result: dict) -> str:
     started = result["started"]
     runs = f"n={at['n']}" if at["n"] == started else f"n={at['n']} of {started}"
     mean = f"mean {at['mean']:.6f} ({runs}, target {result['target']:g})"
-    if result["foreign"]:
-        return f"NO VERDICT: {another(result['foreign'])}; step {step} comes closest, at {mean}"
+    if result["unjudged"]:
+        return f"NO VERDICT: {result['unjudged']}; step {step} comes closest, at {mean}"
     if result["diverged"]:
         passing = f"; among the others, step {step} would pass" if result["earliest"] else ""
         return f"FAIL: {result['diverged']} of {started} runs diverged{passing}, at {mean}"
@@ -174,7 +176,7 @@ def table_by_seed(result: dict, runs: list[dict]) -> str:
     rows += [["**mean**", *(f"{at['mean']:.6f}" for at in steps)],
              ["**sd**", *("-" if at["sd"] is None else f"{at['sd']:.5f}" for at in steps)],
              ["**(target - mean) sqrt(n)**", *(f"{at['statistic']:+.5f}" for at in steps)],
-             ["**at least 0.004**", *("-" if result["foreign"] else "PASS" if at["passes"] else "FAIL"
+             ["**at least 0.004**", *("-" if result["unjudged"] else "PASS" if at["passes"] else "FAIL"
                                       for at in steps)]]
     return markdown_table(rows)
 

@@ -1,5 +1,6 @@
 """bench/roofline.py: its work against PyTorch's count, its bytes and times by hand and against what is published."""
 
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
@@ -59,15 +60,19 @@ def test_flops_of_the_record():
 
 @pytest.mark.parametrize("shape", [(12, 4), (4, 12), (6, 6)])
 @pytest.mark.parametrize("text", [*UPDATES.values(), "aurora(iterations=3) | step", "aurora | step",
-                                  "riemannian_aurora(1) | step", "nesterov(0.95) | step"])
+                                  "riemannian_aurora(1) | step", "cans_polar | step", "nesterov(0.95) | step"])
 def test_polar_factors_are_those_that_run(text, shape, monkeypatch):
     """Kills: a stage whose polar factors are not counted, iterations that stand in the text and are not read, a shape
-    that is evened where it is not, or the other way around."""
-    ran, newton_schulz = [], aurora.newton_schulz
-    monkeypatch.setattr(aurora, "newton_schulz", lambda *args: ran.append(args) or newton_schulz(*args))
+    that is evened where it is not, or the other way around; a table or a precision that is another stage's."""
+    ran, newton_schulz = Counter(), aurora.newton_schulz
+
+    def count(X, table):
+        ran[roofline.Routine(tuple(table), X.dtype)] += 1
+        return newton_schulz(X, table)
+    monkeypatch.setattr(aurora, "newton_schulz", count)
     rule, W = Rule.of(text), torch.randn(1, *shape)
     rule.advance_(W, torch.randn(1, *shape), rule.state(W), dict(lr=0.1, t=torch.ones(())))
-    assert roofline.polar_factors(rule, *shape) == len(ran)
+    assert roofline.polar_factors(rule, *shape) == ran
 
 
 def test_newton_schulz_as_it_runs():
@@ -158,18 +163,21 @@ class Fp32(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         made = operation(*args, **kwargs or {})
-        if operation in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default) and made.dtype == torch.float32:
-            self.flops += 2 * made.numel() * args[0].size(-1)
+        multiplies = torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.baddbmm.default
+        if operation in multiplies and made.dtype == torch.float32:
+            self.flops += 2 * made.numel() * args[-2].size(-1)
         if operation == torch.ops.aten.linalg_qr.default:
             self.qr += args[0].shape[:-2].numel() * [args[0].size(-1)]
         return made
 
 
 @pytest.mark.parametrize("shape", [(96, 32), (32, 96), (64, 64)])
-@pytest.mark.parametrize("text", [SOAP, "soap | step", "schatten4_polar | step"])
+@pytest.mark.parametrize("text", [SOAP, "soap | step", "schatten4_polar | step", "aurora_july(3) | step",
+                                  "riemannian_aurora(2) | step"])
 def test_work_in_fp32_is_what_runs(text, shape):
     """Kills: a product of a stage that is not counted or not run, a covariance or a basis of the other side, a QR of
-    another size, one form that does what the other does not, work that a stack's length does not multiply."""
+    another size, one form that does what the other does not, work that a stack's length does not multiply; a polar
+    factor in fp32 taken for one in bf16, or a cubic for a quintic, which multiplies once more."""
     rule, W = Rule.of(text), torch.empty(3, *shape, device="meta")
     state = rule.state(W)
     with Fp32() as first:
@@ -178,6 +186,8 @@ def test_work_in_fp32_is_what_runs(text, shape):
         rule.after_(state, 1)
     for form in ("published", "fused"):
         kernels = roofline.fp32_kernels(3, *shape, rule, form)
+        kernels += roofline.newton_schulz_kernels(3, *shape, rule, form, torch.float32)
+        assert {k.rate for k in kernels if k.flops} == {"fp32"}
         assert sum(k.count * k.flops for k in kernels) == first.flops > 0
     fused, published = (roofline.second_part(3, *shape, rule, form) for form in ("fused", "published"))
     products, qr = ([k for k in fused if k.flops and (k.least > 0) == slow] for slow in (False, True))
@@ -225,6 +235,55 @@ def test_the_time_of_a_column_by_another_record():
     first, second = (1000 * roofline.seconds(part(3, 3072, 768, rule, "published"), gpu, "cuDNN", 5e-6)
                      for part in (roofline.fp32_kernels, roofline.second_part))
     assert first + second / 10 == pytest.approx(170.9 - 160.0, rel=0.3)
+
+
+def test_rules_of_the_mlp():
+    """Kills: one rule taken for all matrices. Aurora on square matrices is Muon: the record may say so."""
+    muon, mixed = UPDATES["muon"], dict(matrix_update=UPDATES["muon"], mlp_update=RECORD.matrix_update)
+    assert roofline.flops(replace(RECORD, **mixed)) == roofline.flops(RECORD)
+    assert roofline.breakdown(replace(RECORD, **mixed), "H100", 8) == roofline.breakdown(RECORD, "H100", 8)
+    alone, both = (roofline.published_step(replace(RECORD, mlp_update=mlp), 8, 1, roofline.GPUS["H100"])
+                   for mlp in ("", muon))
+    assert both.updates < alone.updates
+    adam = replace(RECORD, mlp_update="adamw(0.9, 0.95, 1e-10, 0)")
+    assert roofline.flops(adam)["Newton-Schulz"] == 12 * 48 * 3 * 2 * 768**3
+
+
+def test_updates_at_the_rate_of_fp32():
+    """Kills: CANS-12 in fp32 priced by the tensor cores, or with the third product of a quintic; wide matrices that are
+    evened too; gate and fc in banks of their own. By hand, 12 iterations of two products: of 44 tall matrices twice, of
+    22 wide and of 88 square ones once. On 8 GPUs one owns 6, 3 and 11 of them."""
+    hp, n, m = train_gpt.override(["@1b"]), 2048, 5632
+    matrices = [bank for bank in roofline.banks(hp) if bank.shape]
+    assert [(bank.count, bank.shape, bank.share(8)) for bank in matrices] == [
+        (44, (m, n), 6), (22, (n, m), 3), (88, (n, n), 11)]
+    a_row = 12 * 4 * n * n
+    assert roofline.flops(hp)["Newton-Schulz in fp32"] == a_row * (2 * 44 * m + 22 * m + 88 * n)
+    for gpus, work in ((1, 2 * 44 * m + 22 * m + 88 * n), (8, 2 * 6 * m + 3 * m + 11 * n)):
+        products = 1000 * a_row * work / (67e12 * 0.75)
+        assert products < roofline.breakdown(hp, "H100", gpus)["updates"] < 1.15 * products  # the rest moves bytes
+    reduced, _ = roofline.wire(hp, 8)
+    rest = 2 * 50304 * n + 617600  # of which the vectors are padded to 8 shares
+    assert reduced == pytest.approx(4 * 7 * (6 * m * n + 3 * m * n + 11 * n * n + rest / 8), rel=1e-6)
+
+
+def test_the_whole_run(monkeypatch):
+    """Kills: a micro-batch that the memory does not hold or that does not divide the share, a price of one GPU for all,
+    FLOPs that attention's kernel runs twice; memory of another world than the one predicted.
+
+    By hand: 3200 steps of 100 ms on 8 GPUs are 0.089 hours, 0.71 GPU-hours, 1.78; 388.7 + 6/7 34.63 TFLOP are 53% of
+    8 x 989 TFLOP/s. 96 sequences a GPU come in 1, 2, 3, 4, 6, 8, ... at a time."""
+    monkeypatch.setattr(roofline, "predict", lambda *_: 100.0)
+    found = roofline.whole_run(RECORD, "H100", 8)
+    assert list(found.values()) == [8, 64, f"{roofline.memory(RECORD, 8, 64) / 1e9:.1f}", 100.0, 5242880, "53%",
+                                    pytest.approx(0.32 / 3.6), pytest.approx(0.32 / 0.45), pytest.approx(0.8 / 0.45)]
+    monkeypatch.setattr(roofline, "memory", lambda hp, gpus, sequences: 11e9 * sequences)
+    hp = replace(RECORD, batch_tokens=96 * 8 * 1024)
+    assert [roofline.micro_batch(hp, name, 8) for name in ("H100", "H200", "B200")] == [6, 12, 16]
+    assert roofline.micro_batch(replace(hp, micro_batch=5), "B200", 8) == 4
+    monkeypatch.setattr(roofline, "memory", lambda hp, gpus, sequences: 81e9)
+    assert roofline.micro_batch(hp, "H100", 8) == 1
+    assert "too much" in str(roofline.whole_run(hp, "H100", 8))
 
 
 def test_published_times():

@@ -307,7 +307,8 @@ def test_one_command_until_it_is_finished(quick, whole, tmp_path, capsys):
         said = capsys.readouterr()
         assert said.out.splitlines() == [f"seed {seed} is finished, in logs/{log.name}: it is not run again"
                                          for seed in (0, 1)]
-        assert said.err == "skipped: logs/a.checkpoint is no checkpoint of a run\n"
+        assert said.err == ("skipped: logs/a.checkpoint is no checkpoint of a run, or of another version's, whose "
+                            "commit its log names\n")
     assert log.stat().st_mtime_ns == stamp and len(logs_of(tmp_path)) == len(before) + 1
 
 

@@ -160,7 +160,7 @@ FAULTS = [  # what is typed, what is planted, the line that a person reads
     (RESUME, checkpoint(lambda folder, _: write_checkpoint(folder, "seed0-step1.pt", {"model": Code()})),
      "logs/run.checkpoint/seed0-step1.pt is no checkpoint: it is not made of tensors, numbers and text alone"),
     (RESUME, checkpoint(lambda folder, _: write_checkpoint(folder, "seed0-step1.pt", {"x": torch.ones(1)})),
-     "logs/run.checkpoint is no checkpoint of a run"),
+     "logs/run.checkpoint is no checkpoint of a run, or of another version's, whose commit its log names"),
     (RESUME, checkpoint(bomb),
      "logs/run.checkpoint/a.pt is no checkpoint: it is not made of tensors, numbers and text alone"),
     (RESUME, checkpoint(state(source_sha256="0")),

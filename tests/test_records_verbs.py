@@ -125,6 +125,19 @@ def test_compare_pairs_by_seed(tmp_path, capsys):
     assert "paired" not in run(capsys, "compare", "17", b)[1]
 
 
+def test_a_program_without_a_target(tmp_path, capsys):
+    """Kills: FAIL for what was to reach nothing; a comparison of two that gives no verdict either."""
+    source = "class Hyperparameters:\n    target_loss: float = 0.0\n    matrix_lr: float = 0.02\n"
+    paths = [write(tmp_path / f"{x}.txt", {0: 10.8, 3100: x, 3200: x - 0.1}, source=source.replace("0.02", str(x)))
+             for x in (3.0, 3.1)]
+    status, out = run(capsys, "verify", paths[0])
+    assert status == 1 and "FAIL" not in out and out.splitlines()[-1] == (
+        "NO VERDICT: target_loss=0 is no target; `compare` tells two programs apart; step 3200 comes closest, at mean "
+        "2.900000 (n=1, target 0)")
+    assert run(capsys, "compare", *paths)[0] == 0
+    assert run(capsys, "compare", *paths[::-1])[0] == 1
+
+
 def test_compare_other_targets(tmp_path, capsys):
     """Kills: nats a byte compared with nats a token."""
     ours = write(tmp_path / "a.txt", {0: 10, 3200: 2.9}, source=OURS)
