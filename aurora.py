@@ -15,12 +15,14 @@ rules.py says what a stage is, and what its knobs can be. The stages:
     riemannian_aurora(steps, step_size)  nearly the update of even rows that the gradient favours most
     polar, jordan_polar             U <- polar(U): Muon; by the record's table, by github.com/KellerJordan/Muon's
     schatten4_polar                 the record's table, of an input of Schatten-4 norm 1: results #30 to #46
-    soap(beta2, beta, every)        U = N <- U over a running root mean square in the eigenbases of the gradients: #44
+    soap(beta2, beta, every, least, share)  U = N <- U over a running root mean square in the gradients' eigenbases: #44
     trust_gate(floor, cap, share)   U = N <- between the momentum and U, as far as the two and the gradient agree: #44
     anneal(ratio, exponent, forget) U <- U, less of it where soap's bases show large gradients, of the same length
     contra(strength)                U <- U - strength/2 N/||N||_2, of the same length
+    schatten4_contra(strength)      the same by Schatten-4 norms throughout: results #20 to #43
     normuon(beta2)                  U <- its rows over a running mean of their squares, of the same length
-    normuon_lite(beta2)             the same along the longer side: results #9 to #11
+    normuon_lite(beta2)             the same along the longer side: results #9 to #14
+    schatten4_normuon_lite(beta2)   normuon_lite that keeps the Schatten-4 norm: results #20 and #29
     u_normuon                       U <- every row of one length
     aspect                          U <- sqrt(max(1, m / n)) U
     floor(target)                   U <- U, at least target ||W||_F long
@@ -384,6 +386,17 @@ def contra(U: Tensor, N: Tensor, strength: float = 0.4) -> Tensor:
     return (U - strength / 2 * N / torch.where(with_N, sigma, torch.inf)) * frobenius(U) / length
 
 
+def of_schatten4(X: Tensor, Z: Tensor) -> Tensor:
+    """Z of X's Schatten-4 norm."""
+    return Z * schatten4(X) / schatten4(Z).clamp(min=1e-10)
+
+
+@stage()
+def schatten4_contra(U: Tensor, N: Tensor, strength: float = 0.4) -> Tensor:
+    """Contra-Muon as results #20 to #43 have it: U - strength/2 * N/||N||_S4, scaled back to ||U||_S4."""
+    return of_schatten4(U, U - strength / 2 * N / schatten4(N).clamp(min=1e-10))
+
+
 @stage("floor")
 def update_weight_floor(U: Tensor, W: Tensor, target: float = 0.35) -> Tensor:
     """U, scaled up where it is shorter than target * ||W||_F. Stands in for weight decay: it bounds ||W||_F instead."""
@@ -406,6 +419,13 @@ def normuon_lite(U: Tensor, second_moment: Tensor, beta2: BelowOne = 0.95) -> tu
     """NorMuon as results #9, #10 and #11 of track 3 have it: the square root's argument is at least 1e-10."""
     U, second_moment = with_mean_square(U, second_moment, beta2)
     return of_length(frobenius(U), U / second_moment.clamp(min=1e-10).sqrt()), second_moment
+
+
+@stage(second_moment=lambda W: (W[..., :1] if W.size(-2) >= W.size(-1) else W[..., :1, :]).shape)
+def schatten4_normuon_lite(U: Tensor, second_moment: Tensor, beta2: BelowOne = 0.95) -> tuple[Tensor, Tensor]:
+    """normuon_lite, but that U keeps its Schatten-4 norm: results #20 and #29."""
+    U, second_moment = with_mean_square(U, second_moment, beta2)
+    return of_schatten4(U, U / second_moment.clamp(min=1e-10).sqrt()), second_moment
 
 
 def with_mean_square(U: Tensor, second_moment: Tensor, beta2: float) -> tuple[Tensor, Tensor]:
@@ -461,18 +481,24 @@ def next_bases(row_covariance, row_basis, column_covariance, column_basis, secon
 @stage(makes=("U", "N", "L", "R"), after=next_bases, row_covariance=row_pairs, row_basis=row_pairs,
        column_covariance=column_pairs, column_basis=column_pairs, second_moment=whole)
 def soap(U: Tensor, G: Tensor, row_covariance: Tensor, row_basis: Tensor, column_covariance: Tensor,
-         column_basis: Tensor, second_moment: Tensor, beta2: BelowOne = 0.9, beta: BelowOne = 0.9, every: int = 1):
+         column_basis: Tensor, second_moment: Tensor, beta2: BelowOne = 0.9, beta: BelowOne = 0.9, every: int = 1,
+         least: float = 0.0, share: float = 1.0):
     """SOAP (arXiv 2409.11321) as results #44 to #46 of track 3 have it, before a polar factor.
 
     In the bases L, R of the last step, Y = L^T U R,  v <- beta2 v + (1 - beta2) Y^2,  P = L (Y / sqrt(v)) R^T, which
     gets U's Schatten-4 norm. Then the covariances take in the gradient, C <- beta C + (1 - beta) G G^T, of columns
     G^T G. The second moment is of the momentum, not of the gradient, and nothing is corrected for its start at zero.
-    The bases follow the covariances every so many steps.
+    The bases follow the covariances after the first step and every so many from there.
+
+    For attn.v results #20 to #43 let no sqrt(v) be below `least` times their root mean square, and take share P +
+    (1 - share) U before P gets U's norm: as P has no scale, U's part in it depends on the gradients'.
     """
     L, R = started(row_basis), started(column_basis)
     Y = L.mT @ U @ R
     second_moment = beta2 * second_moment + (1 - beta2) * Y.square()
-    P = L @ (Y / second_moment.clamp(min=1e-16).sqrt()) @ R.mT
+    v = second_moment.clamp(min=1e-16)
+    v = torch.maximum(v, least**2 * v.mean(dim=(-2, -1), keepdim=True))
+    P = share * (L @ (Y / v.sqrt()) @ R.mT) + (1 - share) * U
     P = P * schatten4(U).clamp(min=1e-8) / schatten4(P).clamp(min=1e-8)
     return (P, P, L, R, beta * row_covariance + (1 - beta) * G @ G.mT, row_basis,
             beta * column_covariance + (1 - beta) * G.mT @ G, column_basis, second_moment)

@@ -58,7 +58,7 @@ class Stage(NamedTuple):
     state: dict[str, Callable]  # {name: W -> shape} of what it keeps from step to step, zeros at first
     captured: bool  # whether a CUDA graph can hold it
     after: Callable | None  # state -> state, outside of a CUDA graph, once the step's weights are on their way; of a
-    # stage with a knob `every`, after every so many steps
+    # stage with a knob `every`, after the first step and after every so many from there
     views: dict[str, Callable]  # {view: W, state and knobs, by name -> W as the model holds it meanwhile}
     any_shape: bool  # whether it takes vectors and numbers, and not matrices alone
     in_place: bool  # whether it works in place, in W's own dtype, as the first of its rule
@@ -164,6 +164,11 @@ class Part(NamedTuple):
     stage: Stage
     knobs: dict[str, float | Schedule | Named]  # numbers are constants of the compiled program
 
+    @property
+    def settings(self) -> dict:
+        """The knobs, and the defaults of those that the text leaves out."""
+        return {name: parameter.default for name, parameter in self.stage.knobs.items()} | self.knobs
+
 
 class Rule(NamedTuple):
     """An update rule: the stages that a line of text names, in its order."""
@@ -267,10 +272,10 @@ class Rule(NamedTuple):
     def after_(self, state: dict[str, Tensor], t: int):
         """The stages' second parts, in place, after step t: what no CUDA graph can hold, and the next step alone
         needs."""
-        for stage, numbers in self.parts:
-            if stage.after and t % numbers.get("every", 1) == 0:
-                kept = stage.kept(state)
-                for name, value in stage.after(**kept).items():
+        for part in self.parts:
+            if part.stage.after and (t - 1) % part.settings.get("every", 1) == 0:
+                kept = part.stage.kept(state)
+                for name, value in part.stage.after(**kept).items():
                     kept[name].copy_(value)
 
     @property
@@ -280,10 +285,9 @@ class Rule(NamedTuple):
 
     def view(self, name: str, W: Tensor, state: dict[str, Tensor], knobs: dict) -> Tensor:
         """W as the model holds it while it is trained ("training") or validated ("val_loss" or "val_ema_loss")."""
-        for stage, numbers in reversed(self.parts):
-            if function := stage.views.get(name):
-                defaults = {x: parameter.default for x, parameter in stage.knobs.items()}
-                known = dict(W=W, **stage.kept(state)) | defaults | stage.set_to(numbers, knobs)
+        for part in reversed(self.parts):
+            if function := part.stage.views.get(name):
+                known = dict(W=W, **part.stage.kept(state)) | part.stage.set_to(part.settings, knobs)
                 W = function(**{x: known[x] for x in inspect.signature(function).parameters})
         return W
 

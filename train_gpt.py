@@ -14,6 +14,7 @@ aurora.py, its language rules.py; initial.py draws weights; what any run needs, 
 import math
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache, partial
@@ -284,6 +285,11 @@ class GPT(nn.Module):
 ########################################
 # A step moves each number twice: its gradient to the rank that owns it, its new weight from there to all ranks.
 
+def slot_names(name: str, matrices: int) -> list[str]:
+    """Of the matrices that a parameter holds: three of qkv, one of any other."""
+    return [name.replace("qkv", x) for x in "qkv"] if matrices == 3 else [name] * matrices
+
+
 class Bank:
     """The parameters that one update rule moves, back to back in one tensor. A slot is one matrix, all of one shape,
     or, with slot=(), one number.
@@ -302,7 +308,7 @@ class Bank:
         self.params, self.rule, self.lr = params, rule, lr
         device = next(iter(params.values())).device
         sizes = {name: p.numel() // math.prod(slot) for name, p in params.items()}
-        self.slots = [name for name, size in sizes.items() for _ in range(size if slot else 0)]
+        self.slots = [x for name, size in sizes.items() for x in slot_names(name, size)] if slot else []
         self.shares = Shares.of(sum(sizes.values()), multiple=1 if slot else self.ALIGNED)
         self.weights = torch.zeros(self.shares.padded, *slot, dtype=torch.bfloat16, device=device)
         self.gradients = torch.zeros_like(self.weights, dtype=torch.float32)
@@ -313,7 +319,7 @@ class Bank:
         # tensors, which a CUDA graph reads anew at each replay
         self.knobs = {name: torch.zeros((), device=device) for name in ("lr", "t", *rule.at(0))}
         self.knobs |= {name: (self.shares.take(x).view(-1, *[1 for _ in slot]) if x.ndim else x).to(device)
-                       for name, x in rule.of_slots(sizes).items()}
+                       for name, x in rule.of_slots(Counter(self.slots) or sizes).items()}
         self.run = Replayed(pool) if device.type == "cuda" and rule.captured else lambda update: update()
         self.beside = Beside(torch.cuda.Stream(device) if device.type == "cuda" and rule.has_after else None)
         self.buffers = {}

@@ -88,6 +88,18 @@ def test_the_default_model_and_its_banks():
         *((hp.matrix_update, 0.0375),) * 3, *((hp.adam_update, lr) for lr in (1 / 320, 0.3, 0.01))]
 
 
+def test_names_of_slots():
+    """Kills: q, k and v as one name, by which no rule can tell them apart, or in another order than in their product;
+    a knob by name that is another slot's, as of attn.v in the recipe of result #30."""
+    hp = override(["@30_aurora_wide", "num_layers=2", "model_dim=32", "head_dim=16"])
+    model = GPT(hp)
+    *_, squares = train_gpt.make_banks(model, hp, Place(0, 1, CPU))[:3]
+    assert squares.slots == [f"blocks.{i}.attn.{x}.weight" for i in (0, 1) for x in ("q", "k", "v", "proj")]
+    of_v = torch.tensor([0.0, 0, 1, 0, 0, 0, 1, 0]).view(8, 1, 1)
+    assert all(torch.equal(squares.knobs[f"trust_gate.{x}"], of_v) for x in ("floor", "cap"))
+    assert torch.equal(squares.weights[2], model.blocks[0].attn.qkv.weight.chunk(3)[2])
+
+
 def test_adamw_takes_the_matrices_too(small):
     """Kills: matrices left to no optimizer, the others' beta1, rate or decay on them, others without decay."""
     hp = override([*small, "matrix_lr=0.0015", "matrix_update=adamw(0.9, 0.95, 1e-10, 0.1)",

@@ -315,7 +315,7 @@ OFF = {
     "lookahead's end": ((AHEAD, "between(power(0.3, 30, 14.6, 1.2), 2, 18)"), ""),
 }
 FAMILIES = {"matrix": lambda name: "blocks" in name and "weight" in name, "vector": lambda name: "weight" not in name,
-            "from the start": lambda name: "fc.weight" in name or "qkv.weight" in name,  # projections begin at zero
+            "from the start": lambda name: "blocks" in name and "proj" not in name and "weight" in name,  # projections begin at zero
             "other": lambda name: not ("blocks" in name and "weight" in name)}
 
 
