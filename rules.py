@@ -417,11 +417,11 @@ def read_schedule(where: str, node: ast.expr, schedules: dict[str, Callable], ki
     """One of some functions with its arguments after the first `given`, which it takes when it is called."""
     name, arguments = read_call(node, schedules, "schedule")
     parameters = list(inspect.signature(schedules[name]).parameters.values())[given:]
-    types = {p.name: p.annotation for p in parameters}
+    types, required = {p.name: p.annotation for p in parameters}, [p.name for p in parameters if p.default is p.empty]
     values = {x: read_schedule(f"{where}: {x}", value, schedules, kind, given)
               if types[x] is inspect.Parameter.empty and isinstance(value, ast.Call) else
               number(f"{where}: {x}", value, kind if types[x] is inspect.Parameter.empty else types[x], least=0)
-              for x, value in bind(where, name, arguments, list(types), list(types)).items()}
+              for x, value in bind(where, name, arguments, list(types), required).items()}
     if not values.get("start", 0) < values.get("stop", 1):
         raise ValueError(f"{where}: start={values['start']} is not before stop={values['stop']}")
     return Schedule(schedules[name], values)

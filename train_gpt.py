@@ -44,7 +44,7 @@ from kernels.cross_entropy import head_loss
 from kernels.mlp import relu2_mlp
 from kernels.norm import prenorm
 from kernels.qkv import qkv_heads
-from rules import Rule, UpToOne, parse_expression, power, read_schedule
+from rules import Rule, UpToOne, parse_expression, power, ramp, read_schedule
 
 
 ########################################
@@ -79,7 +79,7 @@ class Hyperparameters:
     head_lr: float = 1 / 320
     vector_lr: float = 0.01  # biases and gains
     embed_dtype: str = "bfloat16"  # of the embedding's master and state; or "float32"
-    # schedules of the rates, of RATES below
+    # schedules of the rates, of RATES below, one in another as in knobs
     matrix_schedule: str = "linear(0.7)"
     adam_schedule: str = "linear(0.7)"
     warmup_steps: int = 1  # the first step has 1 / warmup_steps of the rate: 1 is no warm-up
@@ -449,11 +449,17 @@ def linear_rate(step: int, steps: int, fraction: UpToOne) -> float:
     return 1.0 if progress < 1 - fraction else (1 - progress) / fraction
 
 
-def power_rate(step: int, steps: int, last: float, exponent: float) -> float:
-    return power(step, 1.0, steps, last, exponent)
+def power_rate(step: int, steps: int, last: float, exponent: float, horizon: int = 0) -> float:
+    """Towards a horizon, which is train_steps where none is given."""
+    return power(step, 1.0, horizon or steps, last, exponent)
 
 
-RATES = {"linear": linear_rate, "power": power_rate}
+def ramp_rate(step: int, steps: int, before, after, start: int, stop: int) -> float:
+    """From one schedule, or number, to another."""
+    return ramp(step, before, after, start, stop)
+
+
+RATES = {"linear": linear_rate, "power": power_rate, "ramp": ramp_rate}
 
 
 @cache

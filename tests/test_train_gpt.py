@@ -238,6 +238,16 @@ def test_opposed_signs():
         assert (a[6 * group:][:6] == 1).sum() == plus and (b[6 * group:][:6] == 1).sum() == 6 - plus
 
 
+def test_a_schedule_in_a_schedule():
+    """Kills: a horizon that is train_steps whatever is given, or given and not read; a rate that goes over to another
+    schedule a step early or late, or counts its steps anew; a number that a schedule cannot go over to."""
+    hp = override(["train_steps=100", "matrix_schedule=ramp(power(50, 1, 200), ramp(linear(1), 0.25, 80, 90), 60, 61)"])
+    rates = {0: 1, 60: 1, 61: 0.39, 80: 0.2, 85: (0.15 + 0.25) / 2, 90: 0.25, 99: 0.25}
+    assert {t: train_gpt.learning_rate_factor(t, hp) for t in rates} == pytest.approx(rates)
+    hp = override(["train_steps=100", "adam_schedule=power(50, 1, horizon=200)"])
+    assert [train_gpt.learning_rate_factor(t, hp, "adam") for t in (99, 175)] == [1, 0.5]
+
+
 def test_power_schedule():
     """Kills: another constant than those of results #44 to #46, whose rates are lr0 min(1, c (2900 - t)^1.2) with
     c = lr0 / 2386.4^1.2 (matrices); a rate above its start; a flat part that ends a step early."""
