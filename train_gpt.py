@@ -68,11 +68,13 @@ class Hyperparameters:
     head_dim: int = 128
     mlp_expansion: float = 4.0  # neurons of an MLP, in model_dim
     activation: str = "relu2"  # or "swiglu", whose gate is a third matrix of the MLP
-    # update rules, in the language of rules.py; STAGE.KNOB=VALUE on the command line changes one number
+    # update rules, in the language of rules.py; STAGE.KNOB=VALUE on the command line changes one number. For names()
+    # the matrices of a layer's q, k and v are attn_q, attn_k and attn_v
     matrix_update: str = "nesterov(0.95) | aurora(2, 0.5) | contra(0.4) | aspect | floor(0.35) | step"
     mlp_update: str = ""  # of the MLPs' matrices, where it is another
     matrix_lr: float = 0.0375  # the matrices of the blocks
     adam_update: str = "adamw(0.8, 0.95, 1e-10, 0)"  # of all other parameters
+    head_update: str = ""  # of the head's matrix, where it is another
     vector_update: str = ""  # of biases and gains, where it is another
     final_update: str = ""  # stages that every one of these rules ends with: averages, lookahead
     embed_lr: float = 0.3
@@ -110,12 +112,16 @@ class Hyperparameters:
                               ("embed_dtype", ("bfloat16", "float32"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: it is one of {', '.join(choices)}")
-        for name in ("matrix_schedule", "adam_schedule", "matrix_update", "mlp_update", "adam_update", "vector_update"):
+        for name in ("matrix_schedule", "adam_schedule", "matrix_update", "mlp_update", "adam_update", "head_update",
+                     "vector_update"):
             try:
                 if name.endswith("_schedule"):
                     schedule_of_rates(getattr(self, name))
                 elif not self.rule(name).any_shape and name in ("adam_update", "vector_update"):
                     raise ValueError("vectors and numbers have no rows; it is adamw(...) or raw_adam(...) | step")
+                elif not self.rule(name).any_shape and name == "head_update" and self.vocab_size % HEAD_PARTS:
+                    raise ValueError(f"the head is moved in {HEAD_PARTS} equal parts, which vocab_size="
+                                     f"{self.vocab_size} does not allow: take a multiple of {HEAD_PARTS}")
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         if self.metric not in self.metrics:
@@ -134,14 +140,15 @@ class Hyperparameters:
         return min(self.train_steps, self.stop_step)
 
     def rule(self, name: str) -> Rule:
-        """The whole of matrix_update, mlp_update, adam_update or vector_update."""
-        others = {"mlp_update": self.matrix_update, "vector_update": self.adam_update}
+        """The whole of matrix_update, mlp_update, adam_update, head_update or vector_update."""
+        others = {"mlp_update": self.matrix_update, "head_update": self.adam_update, "vector_update": self.adam_update}
         text = getattr(self, name) or others.get(name, "")
         return Rule.of(" | ".join(filter(None, [text, self.final_update])))
 
     @property
     def rules(self) -> dict[str, Rule]:
-        return {name: self.rule(name) for name in ("matrix_update", "mlp_update", "adam_update", "vector_update")}
+        return {name: self.rule(name) for name in ("matrix_update", "mlp_update", "adam_update", "head_update",
+                                                   "vector_update")}
 
     @property
     def metrics(self) -> list[str]:
@@ -285,14 +292,19 @@ class GPT(nn.Module):
 ########################################
 # A step moves each number twice: its gradient to the rank that owns it, its new weight from there to all ranks.
 
-def slot_names(name: str, matrices: int) -> list[str]:
-    """Of the matrices that a parameter holds: three of qkv, one of any other."""
-    return [name.replace("qkv", x) for x in "qkv"] if matrices == 3 else [name] * matrices
+# Of the head's rows, where its rule is one of matrices. A rank owns whole parts, and sums over parts are taken in their
+# order, whatever the number of ranks.
+HEAD_PARTS = 8
+
+
+def slot_names(name: str, slots: int) -> list[str]:
+    """Of a parameter's slots: those of q, k and v, which are three matrices; its own for a matrix, or for its parts."""
+    return [name.replace("qkv", x) for x in "qkv"] if "qkv" in name else [name] * slots
 
 
 class Bank:
     """The parameters that one update rule moves, back to back in one tensor. A slot is one matrix, all of one shape,
-    or, with slot=(), one number.
+    or one of several parts of a matrix, or, with slot=(), one number.
 
     Each rank has all weights, in bf16, and its own gradients of them, summed in fp32 over micro-batches. It owns an
     equal run of the slots: their sum over ranks, masters in `dtype`, and the rule's state are there alone. So the
@@ -314,6 +326,7 @@ class Bank:
         self.gradients = torch.zeros_like(self.weights, dtype=torch.float32)
         for p, weight in zip(params.values(), self.views(self.weights)):
             p.data = weight
+        self.total = self.shares.total if len({*self.slots}) == 1 else lambda x: x  # of slots that are parts
         self.masters = torch.zeros_like(self.weights[self.shares.mine], dtype=dtype)
         self.state = rule.state(self.masters)
         # tensors, which a CUDA graph reads anew at each replay
@@ -344,7 +357,8 @@ class Bank:
         self.turn_knobs(step)
         self.advance()
         self.work = self.shares.gather(self.weights)
-        self.beside(partial(self.rule.after_, self.state, step + 1))  # under the next forward and backward pass
+        # under the next forward and backward pass
+        self.beside(partial(self.rule.after_, self.state, step + 1, self.total))
 
     def turn_knobs(self, step: int):
         """To what they are in the step that is made after `step` steps."""
@@ -434,7 +448,8 @@ def make_banks(model: GPT, hp: Hyperparameters, place: Place) -> list[Bank]:
         return Bank(params, slot, hp.rule(rule), lr, dtype, pool)
     banks = [bank(params, slot, rule, hp.matrix_lr, "matrix")
              for (slot, rule), params in sorted(matrices.items(), key=lambda x: -math.prod(x[0][0]))]
-    banks += [bank({"head.weight": model.head.weight}, (), "adam_update", hp.head_lr),
+    head = () if hp.rule("head_update").any_shape else (hp.vocab_size // HEAD_PARTS, hp.model_dim)
+    banks += [bank({"head.weight": model.head.weight}, head, "head_update", hp.head_lr),
               bank({"embed.weight": model.embed.weight}, (), "adam_update", hp.embed_lr,
                    dtype=getattr(torch, hp.embed_dtype)),
               bank(vectors, (), "vector_update", hp.vector_lr)]

@@ -182,6 +182,12 @@ def test_a_later_recipe_has_the_rules_of_its_program(name):
         assert bounds == [parameter == "attn.v.weight"] * 2 + [1]
     if name in SOAP_ALL:
         assert [knob(vector, "raw_adam", x, 0) for x in ("beta1", "eps")] == [0.8, 1e-10]
+    head = hp.rule("head_update").parts
+    if name == "2540_open_claim":
+        assert [part.stage.name for part in head] == ["eigen_adam", "step", *stages[-2:]]
+        assert [*head[0].knobs.values()] == [0.8, 0.99, 1e-10, 1000, 8, 0.05]
+    else:
+        assert head == adam.parts
     beta2 = 0.95 if name in ("14_soap_mlp", "20_powercool", "29_radial_brake") else 0.99
     assert [*adam.parts[0].knobs.values()] == [0.8, beta2, 1e-10, 0]
     assert hp.init == ("paired_gain_signs" if name in SOAP_ALL else

@@ -298,6 +298,46 @@ def test_adam_as_it_starts():
     assert tiny.item() == pytest.approx(0.5)
 
 
+def stepped(text: str, W: torch.Tensor, gradients, **total) -> torch.Tensor:
+    """A stack after some steps of a rule."""
+    W, rule = W.clone(), Rule.of(text)
+    state = rule.state(W)
+    for t, G in enumerate(gradients, 1):
+        rule.advance_(W, G, state, dict(lr=LR, t=torch.tensor(float(t))))
+        rule.after_(state, t, **total)
+    return W
+
+
+def test_adam_in_a_basis_begins_as_adamw():
+    """Kills: moments that are not Adam's up to `start`, so that nothing could be taken over; a basis that turns before
+    it; one that never does."""
+    W, gradients = draw(2, 6, 4), [draw(2, 6, 4, seed=t) for t in range(1, 7)]
+    adamw = stepped("adamw(0.8, 0.99, 1e-10, 0)", W, gradients)
+    for start, apart in ((6, 0), (5, 0), (4, 1e-3)):  # what step 5 is the first to gather, step 6 is the first to use
+        ours = stepped(f"eigen_adam(0.8, 0.99, 1e-10, {start}, 1) | step", W, gradients)
+        assert apart <= (ours - adamw).abs().max() and (apart or torch.allclose(ours, adamw, rtol=0, atol=1e-14))
+
+
+def test_parts_of_a_matrix_move_as_the_whole():
+    """Kills: a covariance of a part's rows alone, or of several matrices where slots are matrices. A matrix in one
+    slot, its rows in three slots whose covariances are summed, and a stack that it shares with another."""
+    W, gradients = draw(6, 4), [draw(6, 4, seed=t) for t in range(1, 9)]
+    text = "eigen_adam(0.8, 0.99, 1e-10, 1, 2) | step"
+    whole = stepped(text, W[None], [G[None] for G in gradients])[0]
+    parts = stepped(text, W.view(3, 2, 4), [G.view(3, 2, 4) for G in gradients], total=lambda x: x.sum(0, keepdim=True))
+    beside = stepped(text, torch.stack([draw(6, 4, seed=9), W]), [torch.stack([2 * G.flip(0), G]) for G in gradients])
+    torch.testing.assert_close(parts.view(6, 4), whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(beside[1], whole, rtol=0, atol=1e-12)
+    params = [torch.nn.Parameter(x.clone()) for x in (draw(6, 4, seed=9), W)]
+    optimizer = aurora.Aurora(params, lr=LR, update=text)
+    for G in gradients:
+        params[0].grad, params[1].grad = 2 * G.flip(0), G
+        optimizer.step()
+    torch.testing.assert_close(torch.stack([p.detach() for p in params]), beside, rtol=0, atol=1e-12)
+    assert not torch.allclose(stepped(text, W.view(3, 2, 4), [G.view(3, 2, 4) for G in gradients]).view(6, 4), whole,
+                              rtol=0, atol=1e-3)
+
+
 def test_lookahead_of_a_drift():
     """Kills: a movement measured from the point ahead, a running mean that forgets with the other weight, a point that
     is not the one before the move. An inner step of a constant d comes to move W by d / (1 - size)."""

@@ -59,7 +59,7 @@ def test_the_defaults_are_result_17():
         vocab_size=50304, num_layers=12, model_dim=768, head_dim=128, mlp_expansion=4.0, activation="relu2",
         matrix_update="nesterov(0.95) | aurora(2, 0.5) | contra(0.4) | aspect | floor(0.35) | step", matrix_lr=0.0375,
         adam_update="adamw(0.8, 0.95, 1e-10, 0)", embed_lr=0.3, head_lr=1 / 320, vector_lr=0.01,
-        mlp_update="", vector_update="", final_update="", embed_dtype="bfloat16",  # as the others
+        mlp_update="", head_update="", vector_update="", final_update="", embed_dtype="bfloat16",  # as the others
         matrix_schedule="linear(0.7)", adam_schedule="linear(0.7)", warmup_steps=1, train_steps=3200, stop_step=10**9,
         init="zero_projections",
         val_every=125, val_every_late=25, val_late=0.9, target_loss=3.28, metric="val_loss")
@@ -550,6 +550,8 @@ def test_a_knob_of_a_stage():
     (["head_dim=100"], "head_dim=100 does not divide model_dim=768"),
     (["adam_update=adamw(1.0)"], "adam_update: adamw(1.0): beta1 is a number at least 0 and below 1, not 1.0"),
     (["adam_update=polar | step"], "adam_update: vectors and numbers have no rows"),
+    (["head_update=eigen_adam | step", "vocab_size=1004"], "head_update: the head is moved in 8 equal parts, which "
+     "vocab_size=1004 does not allow: take a multiple of 8"),
     (["matrix_update=nesterov | polar | step", "aurora.iterations=3"], "no rule of this run has a stage 'aurora'"),
     (["floor.target=low"], "floor(low): target is a number, finite and not negative"),
     (["floor.target=0.9) | polar(2"], "'0.9) | polar(2' is not understood: write it as a number or a schedule"),
