@@ -90,7 +90,7 @@ PROTOCOLS = ((3.6, 0.47, 2.7, 1 / 4), (10.0, 1.9, 4.0, 0.92), (8.4, 3.4, 9.6, 1.
 TAIL = {("published", "muon"): (12, 8), ("published", "normuon"): (20, 16), ("published", "aurora"): (45, 70),
         ("published", "soap"): (62, 60), ("published", "square soap"): (52, 60),
         ("fused", "muon"): (26, 36), ("fused", "normuon"): (31, 45), ("fused", "aurora"): (28, 44),
-        ("fused", "soap"): (53, 36), ("fused", "square soap"): (42, 36)}
+        ("fused", "soap"): (53, 36), ("fused", "square soap"): (42, 36), ("fused", "eigen_adam"): (10, 5)}
 
 
 def this_card() -> str | None:
@@ -188,13 +188,14 @@ def flops(hp: train_gpt.Hyperparameters) -> dict[str, float]:
     """Of a step of the whole batch, by part; attention as the kernels do it, the causal half."""
     parts = model_kernels(hp, hp.batch_tokens // hp.sequence_length, "published")
     total = {name: sum(k.count * k.flops for k in kernels) for name, kernels in parts.items()}
+    stacks = [(bank.count, *bank.shape, bank.rule) for bank in banks(hp) if bank.shape]
     found = {"products": total["products"], "attention": total["attention"]}
     for name, kernels in (
-            ("Newton-Schulz", lambda *matrix: newton_schulz_kernels(1, *matrix, "published", torch.bfloat16)),
-            ("Newton-Schulz in fp32", lambda *matrix: newton_schulz_kernels(1, *matrix, "published", torch.float32)),
-            ("fp32 products of updates", lambda *matrix: fp32_kernels(1, *matrix, "fused")),
-            ("second parts", lambda *matrix: second_part(1, *matrix, "fused"))):
-        if work := sum(k.count * k.flops for matrix in block_matrices(hp) for k in kernels(*matrix)):
+            ("Newton-Schulz", lambda *stack: newton_schulz_kernels(*stack, "published", torch.bfloat16)),
+            ("Newton-Schulz in fp32", lambda *stack: newton_schulz_kernels(*stack, "published", torch.float32)),
+            ("fp32 products of updates", lambda *stack: fp32_kernels(*stack, "fused")),
+            ("second parts", lambda *stack: second_part(*stack, "fused"))):
+        if work := sum(k.count * k.flops for stack in stacks for k in kernels(*stack)):
             found[name] = work
     return found
 
@@ -262,6 +263,7 @@ class Work(NamedTuple):
     products: Callable  # (m, n, and its knobs by name) -> those of its first part
     later: Callable = lambda m, n: []  # those of its second
     qr: Callable = lambda m, n: []  # sizes of the square matrices whose QR the second part takes
+    once: bool = False  # whether these are of the stack's sum, and not of every matrix
 
 
 def gram(m: int, n: int) -> tuple[int, int, int]:
@@ -276,6 +278,9 @@ WORK = {
     "soap": Work(lambda m, n, **_: [(m, n, m), (m, n, n), (m, n, m), (m, n, n),  # into the bases and back
                                gram(m, n), gram(m, n), (m, m, n), (n, n, m)],  # two norms; covariances
                  lambda m, n: [(m, m, m), (n, n, n)], lambda m, n: [m, n]),
+    # its eigenvectors are taken for two QRs: a reduction from column to column, and as much again; assumed
+    "eigen_adam": Work(lambda m, n, **_: [(m, n, n), (m, n, n), (n, n, m)],
+                       lambda m, n: [(n, n, n), (m, n, n), (m, n, n)], lambda m, n: [n, n], once=True),
 }
 
 
@@ -296,21 +301,24 @@ def fp32_kernels(count: int, m: int, n: int, rule: Rule, form: str) -> list[Kern
 
 
 def second_part(count: int, m: int, n: int, rule: Rule, form: str) -> list[Kernel]:
-    """The stages' second parts. Published, the diagonal of Q^T C Q is taken of the whole product: two more of each.
-    ValueError where a stage's is not in WORK."""
+    """The stages' second parts; of one that not every step has, a step's share. Published, the diagonal of Q^T C Q is
+    taken of the whole product: two more of each. ValueError where a stage's is not in WORK."""
     found = []
-    for stage, _ in rule.parts:
+    for part in rule.parts:
+        stage = part.stage
         if not stage.after:
             continue
         if stage.name not in WORK:
             raise ValueError(f"what {stage.name} does after a step is not in bench.roofline.WORK: add it there")
         work = WORK[stage.name]
-        found += in_fp32(count, work.later(m, n) * (3 if form == "published" else 1), form)
+        later = in_fp32(count, work.later(m, n) * (3 if form == "published" else 1), form)
+        slow = 1 if work.once else count
         for size in work.qr(m, n):
             # geqrf and orgqr are 4/3 size^3 each; 10 passes order and copy the matrix and take the diagonal
-            found += [Kernel(count, 8 / 3 * size**3, 16 * size**2, rate="fp32", least=size * COLUMN),
-                      Kernel(5, 0, 8 * size**2 * count)]
-        found.append(Kernel(3, 0, 8 * m * n * count))  # the second moment's places
+            later += [Kernel(slow, 8 / 3 * size**3, 16 * size**2, rate="fp32", least=size * COLUMN),
+                      Kernel(5, 0, 8 * size**2 * slow)]
+        later.append(Kernel(3, 0, 8 * m * n * count))  # the second moment's places
+        found += [kernel._replace(count=kernel.count / part.settings.get("every", 1)) for kernel in later]
     return found
 
 
@@ -319,6 +327,8 @@ def tail(m: int, n: int, rule: Rule, form: str) -> tuple[int, int]:
     names = " ".join(part.stage.name for part in rule.parts)
     if "aurora" in names and form == "fused" and polar_factors(rule, m, n).total() == 1:  # nothing to even
         return TAIL[form, "muon"]
+    if "eigen_adam" in names:
+        return TAIL["fused", "eigen_adam"]
     if "soap" in names:
         return TAIL[form, "square soap" if m == n else "soap"]
     return TAIL[form, "aurora" if "aurora" in names else "normuon" if "normuon" in names else "muon"]
@@ -348,7 +358,7 @@ class Bank(NamedTuple):
     name: str  # of its first parameter
     count: int  # of what is owned whole, a matrix or a number
     numel: int  # of one
-    shape: tuple[int, int] | None  # of a matrix
+    shape: tuple[int, int] | None  # of a matrix, or of the parts of one
     rule: Rule
 
     def share(self, gpus: int) -> int:

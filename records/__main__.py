@@ -107,9 +107,14 @@ def verify(options: argparse.Namespace) -> int:
 def reproduce(options: argparse.Namespace) -> int:
     """is it the same as a published result? an equivalence test, from one run on"""
     from records import reproduce as desk
+    from records.published import result as published_result
     from records.sample import gather
-    published = gather([str(options.of)], options.mixed, options.metric)
-    result = desk.reproduce(gather(options.logs, options.mixed, options.metric or published.metric), published)
+    claimed = published_result(options.of).metric
+    new = gather(options.logs, options.mixed, options.metric or (claimed if claimed != "val_loss" else None))
+    published = gather([str(options.of)], options.mixed, options.metric or new.metric)
+    if new.metric != published.metric and not options.metric:  # it has no average
+        new = gather(options.logs, options.mixed, published.metric)
+    result = desk.reproduce(new, published)
     return show(result, desk.text(result), options)
 
 
