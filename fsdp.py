@@ -1,14 +1,14 @@
 """Aurora for a model that torch.distributed.fsdp.fully_shard (FSDP2) has cut: each rank has some rows of each matrix.
 
 A polar factor needs whole matrices. So in a step the rows of weight, gradient and state travel to the rank that owns
-the matrix, and the new rows of weight and state travel back. No rank ever holds more whole matrices than its share.
+the matrix, and the new rows of weight and state travel back: one shape of matrices after the other, an equal share of
+them to each rank.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, zeros
-from torch.nn.functional import pad
 
 from aurora import Aurora, Shares, check_parameter, expected_state, update_
 from rules import Rule
@@ -17,17 +17,21 @@ from rules import Rule
 class ShardedAurora(Aurora):
     """Aurora, with its arguments, groups and update rules, for matrices that fully_shard has cut into runs of rows.
 
-    >>> for block in model.blocks:                                                          # doctest: +SKIP
-    ...     fully_shard(block)
-    >>> fully_shard(model)                                                                  # doctest: +SKIP
-    >>> optimizer = ShardedAurora([block.weight for block in model.blocks], lr=0.02)        # doctest: +SKIP
+        for block in model.blocks:
+            fully_shard(block)
+        fully_shard(model)
+        matrices = [p for p in model.blocks.parameters() if p.ndim == 2]  # after fully_shard, which makes new ones
+        optimizer = ShardedAurora(matrices, lr=0.02)
 
     Vectors and embeddings go to torch.optim.AdamW, which takes them as they are. examples/fsdp2.py is a whole loop.
 
-    A step gives, bit for bit, the weights and the state that Aurora has on as many ranks as cut a matrix. A mesh of two
-    dimensions (HSDP) may repeat the rows; tensor parallelism, which cuts a matrix twice, is refused. State is cut as
-    its parameter is, and there from the start: torch.distributed.checkpoint saves it on one number of ranks and loads
-    it on another. `process_group`: the ranks that have the same parameters, such as those of a pipeline's stage.
+    From equal gradients weights and state are, bit for bit, those of Aurora on as many ranks as cut a matrix.
+    (fully_shard's mean over ranks rounds gradients, unless their number is a power of 2.) A mesh of two dimensions
+    (HSDP) may repeat the rows; tensor parallelism, which cuts a matrix twice, and offloading are refused.
+
+    State is cut as its parameter is, and there from the start: torch.distributed.checkpoint saves it on one number of
+    ranks and loads it on another. load_state_dict() takes Aurora's state, too. `process_group`: the ranks that have
+    the same parameters, such as those of one stage of a pipeline; by default all.
     """
 
     def add_param_group(self, param_group):
@@ -48,7 +52,7 @@ class ShardedAurora(Aurora):
                              f"{p.device_mesh.device_type}: give it the model after to_empty(), and without offloading")
 
     def _checksum(self, p: Tensor) -> int:
-        return 0  # ranks have other rows
+        return 0  # each rank has other rows: there is nothing to compare
 
     def _owners(self) -> dict[Tensor, None]:
         return {p: None for group in self.param_groups for p in group["params"] if p.numel()}
@@ -62,7 +66,7 @@ class ShardedAurora(Aurora):
 
     def _advance(self, moving: set[Tensor]):
         for group in self.param_groups:
-            alike = {}  # a list in the parameters' order on all ranks, as collectives need
+            alike = {}  # in one order on all ranks, as collectives need: no set
             for p in group["params"]:
                 if p in moving:
                     kind = p.shape, p.dtype, p.device_mesh, p.placements, self._steps(p)
@@ -116,9 +120,9 @@ def cut_as(p: DTensor, x: Tensor) -> DTensor:
 def to_owners(shares: Shares, tensors: list[DTensor]) -> Tensor:
     """A collective: of matrices of one shape those that this rank owns, (its slots, m, n)."""
     m, n = tensors[0].shape
-    most = -(-m // shares.world)
-    rows = torch.stack([x.to_local() for x in tensors])
-    rows = pad(rows, (0, 0, 0, most - rows.size(1), 0, shares.padded - shares.count))
+    mine = torch.stack([x.to_local() for x in tensors])
+    rows = mine.new_zeros(shares.padded, -(-m // shares.world), n)
+    rows[:shares.count, :mine.size(1)] = mine
     whole = torch.empty_like(rows)
     dist.all_to_all_single(whole, rows, group=shares.group)
     whole = whole.unflatten(0, (shares.world, shares.share)).transpose(0, 1).flatten(1, 2)
@@ -127,9 +131,10 @@ def to_owners(shares: Shares, tensors: list[DTensor]) -> Tensor:
 
 def from_owners_(shares: Shares, tensors: list[DTensor], whole: Tensor):
     """A collective: put this rank's rows of what to_owners() gave each rank into `tensors`."""
-    most = -(-tensors[0].size(0) // shares.world)
-    whole = pad(whole, (0, 0, 0, shares.world * most - whole.size(1), 0, shares.share - len(whole)))
-    parts = whole.unflatten(1, (shares.world, most)).transpose(0, 1).flatten(0, 1)
+    m, n = tensors[0].shape
+    padded = whole.new_zeros(shares.share, shares.world, -(-m // shares.world), n)
+    padded.flatten(1, 2)[:len(whole), :m] = whole
+    parts = padded.transpose(0, 1).flatten(0, 1)
     rows = torch.empty_like(parts)
     dist.all_to_all_single(rows, parts, group=shares.group)
     mine = [x.to_local() for x in tensors]

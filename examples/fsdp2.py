@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from fsdp import ShardedAurora
 
-WIDTH, HEADS, DEPTH, SEQUENCES, LENGTH = 48, 3, 3, 24, 64
+WIDTH, HEADS, DEPTH, SEQUENCES, LENGTH = 48, 3, 2, 24, 64
 
 
 class Block(nn.Module):

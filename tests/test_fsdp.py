@@ -24,8 +24,8 @@ from rules import STAGES, stages_of
 SHAPES = [(41, 16)] * 5 + [(8, 8)] * 3 + [(3, 2)] * 2 + [(1, 5)]
 RULES = {name: UPDATES[name] for name in ("aurora", "normuon_lite", "adamw")} | {
     "soap": "bimaxwell(ramp(0.85, 0.95, 0, 4), 0.85, ramp(0.95, 0.98, 1, 2)) | soap(0.9, 0.9) | trust_gate(0, 0.85) | "
-            "schatten4_polar | anneal(at_least(power(1, 6, 4, 1.2), 0.3)) | aspect | brake(0.5) | row_floor(1.75) | "
-            "step | pin | cautious_decay(0.5)",
+            "schatten4_polar | aspect | brake(0.5) | row_floor(1.75) | step | pin | cautious_decay(0.5)",
+    "anneal": "nesterov | soap | polar | anneal(at_least(power(1, 6, 4, 1.2), 0.3)) | step",
     "others": "nesterov | riemannian_aurora | aurora_july | aurora_paper | aurora_wide | jordan_polar | normuon | "
               "u_normuon | decay(0.5) | hyperball",
     "raw_adam": "raw_adam | step"}
@@ -132,11 +132,11 @@ def on_four_ranks(rank: int, folder: str):
                 dcp.save(parts(model, optimizer, update), checkpoint_id=f"{folder}/{update}")
             steps(model, optimizer, 3, 4)
             seen[name, update] = numbers(model, optimizer)
-            if name == "3":
+            if name != "2 x 2":
                 model, optimizer = whole(RULES[update], everyone)
                 steps(model, optimizer, 0, 4)
                 optimizer.consolidate_state_dict(to=None)
-                seen["Aurora on 3", update] = numbers(model, optimizer)
+                seen["Aurora", name, update] = numbers(model, optimizer)
         for update in SAVED:
             resumed = cut(RULES[update], mesh, everyone, order=reversed)
             seen[name, update, "resumed"] = last_step(*resumed, folder, update, everyone)
@@ -181,7 +181,7 @@ def on_four_ranks(rank: int, folder: str):
         seen[f"cut later: {kind.__name__}"] = refusal(optimizer.step)
 
     train = runpy.run_path(str(ROOT / "examples" / "fsdp2.py"))["train"]
-    seen["resumed"], seen["whole run"] = (train(Path(folder) / name, 10) for name in ("example", "other"))
+    seen["resumed"], seen["whole run"] = (train(Path(folder) / name, 7) for name in ("example", "other"))
     torch.save(seen, f"{folder}/{rank}.pt")
     dist.barrier()  # a process that is gone while another still talks to it aborts that one
     dist.destroy_process_group()
@@ -189,10 +189,10 @@ def on_four_ranks(rank: int, folder: str):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """With what the example has left there after 8 steps on two processes, and each rank's findings."""
+    """With what the example has left there after 5 steps on two processes, and each rank's findings."""
     folder = tmp_path_factory.mktemp("fsdp")
     example = str(ROOT / "examples" / "fsdp2.py")
-    run = start([str(folder / "example"), "8"], folder, example, processes=2, PYTHONPATH=str(ROOT))
+    run = start([str(folder / "example"), "5"], folder, example, processes=2, PYTHONPATH=str(ROOT))
     assert run.returncode == 0, run.stderr
     (folder / "output").write_text(run.stdout)
     mp.spawn(on_four_ranks, (str(folder),), nprocs=4)
@@ -209,18 +209,18 @@ def test_every_rule_gives_the_bits_of_class_aurora(ranks):
     taken for rows, a norm, a decay or a floor of one rank's rows, state that is not sent along, collectives in the
     order of a set.
 
-    From equal gradients: with those of Aurora on as many ranks as cut a matrix; on 2 and 4, as class Aurora itself,
-    also with those of one process. On 3 that is not promised: a batched product may round by the size of its stack.
+    The bits, from equal gradients, of Aurora on as many ranks. What other numbers of ranks round alike is Aurora's
+    matter: `ratio ** X` of anneal does not, as a CPU computes a tensor's last numbers otherwise.
     """
     assert {name for text in RULES.values() for name in stages_of(text)} == ranks[0]["stages"]
-    for update, text in RULES.items():
-        alone = whole(text)
+    for mesh in ("4", "3"):
+        for update in RULES_ON[mesh]:
+            assert same(ranks[0]["Aurora", mesh, update], *joined(ranks, mesh, update)), (mesh, update)
+    for update in RULES_ON["2 x 2"]:
+        alone = whole(RULES[update])
         steps(*alone, 0, 4)
-        for mesh in ("4", "2 x 2"):
-            for found in joined(ranks, mesh, update) if update in RULES_ON[mesh] else ():
-                assert same(numbers(*alone), found), (mesh, update)
-    for update in RULES_ON["3"]:
-        assert same(ranks[0]["Aurora on 3", update], *joined(ranks, "3", update)), update
+        for found in joined(ranks, "2 x 2", update) + joined(ranks, "4", update):
+            assert same(numbers(*alone), found), update
 
 
 def test_state_of_another_number_of_ranks(ranks, folder):
@@ -258,10 +258,10 @@ def test_mistakes_are_a_line_on_every_rank(ranks):
 
 def test_the_example_resumes_on_another_number_of_ranks(ranks, folder):
     """Kills: an example that does not run, does not learn, begins anew, or goes on without the optimizers' state. The
-    losses of 2 and 4 ranks differ by the order in which gradients are summed: by 2e-6 after 10 steps here; without
+    losses of 2 and 4 ranks differ by the order in which gradients are summed: by 2e-6 after 7 steps here; without
     the state by .1."""
     first = [float(line.split()[-1]) for line in (folder / "output").read_text().splitlines()]
-    assert len(first) == 8 and first[-1] < first[0] - 1
+    assert len(first) == 5 and first[-1] < first[0] - 1
     for rank in ranks:
-        assert len(rank["resumed"]) == 2 and len(rank["whole run"]) == 10
-        assert rank["resumed"] == pytest.approx(rank["whole run"][8:], abs=1e-3)
+        assert len(rank["resumed"]) == 2 and len(rank["whole run"]) == 7
+        assert rank["resumed"] == pytest.approx(rank["whole run"][5:], abs=1e-3)
