@@ -1,8 +1,9 @@
 """A transformer whose blocks fully_shard cuts, trained by ShardedAurora and AdamW, saved and resumed by
 torch.distributed.checkpoint on any number of ranks. It learns to spell this very file; with GPUs it trains on them.
 
-    torchrun --standalone --nproc_per_node=2 -m examples.fsdp2 FOLDER 50      # 50 steps; FOLDER keeps the last state
-    torchrun --standalone --nproc_per_node=4 -m examples.fsdp2 FOLDER 80      # goes on from there, to step 80
+    export PYTHONPATH=.
+    torchrun --standalone --nproc_per_node=2 examples/fsdp2.py FOLDER 50    # 50 steps; FOLDER keeps their last state
+    torchrun --standalone --nproc_per_node=4 examples/fsdp2.py FOLDER 80    # goes on from there, to step 80
 """
 
 import os
