@@ -833,7 +833,7 @@ class Aurora(torch.optim.Optimizer):
         try:
             check_settings(self.param_groups[-1])
             for p in self.param_groups[-1]["params"]:
-                check_parameter(p)
+                self._check(p)
         except ValueError:
             del self.param_groups[-1]
             raise
@@ -847,6 +847,13 @@ class Aurora(torch.optim.Optimizer):
                 loss = closure()
         moving = self._moving()
         self._forget()
+        self._advance(moving)
+        for p in moving:
+            self.state[p]["step"] = self._steps(p) + 1  # on every rank
+        return loss
+
+    def _advance(self, moving: set[Tensor]):
+        """A step of the parameters that move, but for the number of their steps."""
         travelling = []  # one stack's weights travel while the next one is computed
         for group in self.param_groups:
             for params in stacks(group["params"]):
@@ -861,51 +868,47 @@ class Aurora(torch.optim.Optimizer):
                 for steps, pairs in alike.items():
                     for k in range(0, len(pairs), at_once(weights)):
                         self._update(*zip(*pairs[k:k + at_once(weights)]), steps, group)
-                for p in moving.intersection(params):
-                    self.state[p]["step"] = self._steps(p) + 1  # on every rank
                 travelling.append((params, weights, moving, shares.gather(weights)))
                 if len(travelling) > 1:
                     arrive(*travelling.pop(0))
         for stack in travelling:
             arrive(*stack)
-        return loss
 
     def _update(self, out, params, steps: int, group):
         """Put the new weights of parameters of one shape, each after `steps` steps, into `out`."""
-        rule = Rule.of(group["update"])
-        W = torch.stack(params)
-        lr = group["lr"] if W.is_cuda else float(group["lr"])  # of a tensor too; on a GPU that would wait for it
-        knobs = dict(lr=lr, t=torch.tensor(steps + 1.0, dtype=torch.float32, device=W.device)) | rule.at(steps)
-        if W.is_cuda:  # a number would be a constant of the program, which would be compiled again for the next one
-            knobs = {name: torch.as_tensor(x, dtype=torch.float32, device=W.device).reshape(())
-                     for name, x in knobs.items()}
+        rule, W = Rule.of(group["update"]), torch.stack(params)
         for p in params:
             if not self.state.get(p):
                 self.state[p] = rule.state(p)
-        state = {name: torch.stack([self.state[p][name] for p in params])
-                 for name in self.state[params[0]] if name != "step"}
-        device = W.device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            rule.advance_(W, torch.stack([p.grad for p in params]), state, knobs)
-            rule.after_(state, steps + 1)
+        state = {name: torch.stack([self.state[p][name] for p in params]) for name in rule.keeps}
+        update_(rule, W, torch.stack([p.grad for p in params]), state, group["lr"], steps)
         torch._foreach_copy_(list(out), list(W))
         for name, x in state.items():
             torch._foreach_copy_([self.state[p][name] for p in params], list(x))
 
     # What a rank owns, and what it may assume of the others
 
+    def _check(self, p: Tensor):
+        check_parameter(p)
+        if hasattr(p, "device_mesh"):
+            raise ValueError(f"Aurora updates whole matrices, got a DTensor of shape {tuple(p.shape)}, in pieces on "
+                             "several ranks: use ShardedAurora of fsdp.py, which updates what fully_shard has cut")
+
+    def _checksum(self, p: Tensor) -> int:
+        return checksum(p)
+
     def _shares(self, params) -> Shares:
         return Shares.of(len(params), group=self.process_group)
 
-    def _owners(self) -> dict[Tensor, int]:
-        """The rank that owns each parameter, in their order; empty ones have none."""
+    def _owners(self) -> dict[Tensor, int | None]:
+        """The rank that owns each parameter, in their order, None where all own a part; empty ones are left out."""
         owners = {p: i // self._shares(stack).share for group in self.param_groups
                   for stack in stacks(group["params"]) for i, p in enumerate(stack)}
         return {p: owners[p] for group in self.param_groups for p in group["params"] if p in owners}
 
     def _mine(self) -> set[Tensor]:
         rank = self._shares([]).rank
-        return {p for p, owner in self._owners().items() if owner == rank}
+        return {p for p, owner in self._owners().items() if owner in (rank, None)}
 
     def _names(self) -> dict[Tensor, str]:
         """What messages call the parameters."""
@@ -924,7 +927,9 @@ class Aurora(torch.optim.Optimizer):
     def _moving(self) -> set[Tensor]:
         """The parameters that have a gradient: all ranks agree on them, or all raise the same ValueError."""
         owners, (rank, world) = self._owners(), self._shares([])[2:4]
-        flags = [(p.grad is not None, p.grad is None and owner == rank,
+        for p in owners:  # again: accelerate puts others in place of those that add_param_group() has seen
+            self._check(p)
+        flags = [(p.grad is not None, p.grad is None and owner in (rank, None),
                   p.grad is not None and p.grad.layout != torch.strided) for p, owner in owners.items()]
         if world > 1:
             # of as many parameters as all ranks know of: where one has others by now, the first number says so
@@ -939,8 +944,9 @@ class Aurora(torch.optim.Optimizer):
                 raise ValueError(f"{self._names()[p]} has a sparse gradient, and Aurora takes dense ones: an embedding "
                                  "makes them with sparse=False")
             if has and lacks:
-                raise ValueError(f"{self._names()[p]} has a gradient on another rank and none on rank {owner}, which "
-                                 "owns it: all-reduce gradients before the step, with zeros where a rank has none")
+                without = "one that owns a part of it" if owner is None else f"rank {owner}, which owns it"
+                raise ValueError(f"{self._names()[p]} has a gradient on another rank and none on {without}: all-reduce "
+                                 "gradients before the step, with zeros where a rank has none")
         return {p for p, (has, _, _) in zip(owners, flags) if has}
 
     def _sums(self, new: bool, flags: list[tuple]) -> tuple[int, list[list[int]]]:
@@ -955,7 +961,7 @@ class Aurora(torch.optim.Optimizer):
         """A collective: ValueError on all ranks alike where they do not begin with the same parameters."""
         names, updates = self._names(), {p: group["update"] for group in self.param_groups for p in group["params"]}
         seen = [(names[p], dict(shape=tuple(p.shape), dtype=str(p.dtype), update=updates[p], steps=self._steps(p),
-                                weights=checksum(p))) for p in self._owners()]
+                                weights=self._checksum(p))) for p in self._owners()]
         ranks = [None] * self._shares([]).world
         dist.all_gather_object(ranks, seen, group=self.process_group)
         for rank, theirs in enumerate(ranks):
@@ -1050,6 +1056,19 @@ class Aurora(torch.optim.Optimizer):
         self._new, self._consolidated = True, False
 
 
+def update_(rule: Rule, W: Tensor, G: Tensor, state: dict[str, Tensor], lr, steps: int):
+    """A step of a stack by a rule, in place, after `steps` others; the caller's autocast is of no effect."""
+    lr = lr if W.is_cuda else float(lr)  # of a tensor too; on a GPU that would wait for it
+    knobs = dict(lr=lr, t=torch.tensor(steps + 1.0, dtype=torch.float32, device=W.device)) | rule.at(steps)
+    if W.is_cuda:  # a number would be a constant of the program, which would be compiled again for the next one
+        knobs = {name: torch.as_tensor(x, dtype=torch.float32, device=W.device).reshape(())
+                 for name, x in knobs.items()}
+    device = W.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        rule.advance_(W, G, state, knobs)
+        rule.after_(state, steps + 1)
+
+
 def stacks(params) -> list[list]:
     """Lists of parameters that are alike in shape, dtype and device; the largest first, empty ones left out."""
     alike = {}
@@ -1078,7 +1097,8 @@ WHOLE = {torch.float64: torch.int64, torch.float32: torch.int32,
 
 def expected_state(text: str, p: Tensor) -> dict[str, torch.Size]:
     """{name: shape} of what a rule keeps of a parameter."""
-    return {name: x.shape for name, x in Rule.of(text).state(torch.empty_like(p, device="meta")).items()}
+    W = torch.empty(p.shape, dtype=p.dtype, device="meta")
+    return {name: x.shape for name, x in Rule.of(text).state(W).items()}
 
 
 def check_settings(group: dict):
@@ -1096,9 +1116,6 @@ def check_settings(group: dict):
 
 def check_parameter(p: Tensor):
     """ValueError where Aurora cannot update it."""
-    if hasattr(p, "device_mesh"):
-        raise ValueError(f"Aurora updates whole matrices, got a DTensor of shape {tuple(p.shape)}, in pieces "
-                         "on several ranks: use DistributedDataParallel in place of fully_shard or tensor parallelism")
     if p.ndim != 2:
         raise ValueError(f"Aurora updates matrices, got a parameter of shape {tuple(p.shape)}: give vectors "
                          "and embeddings to AdamW, and convolutions as matrices (see Aurora's docstring)")
