@@ -5,8 +5,8 @@ their last steps: Student's t of the differences, each variation's own deviation
 
 - better or worse: p is at most 5% after two corrections, one for the number of variations (Holm 1979) and one for the
   number of tables. A table is a plan all of whose runs have ended; before, there is no verdict. Of the 5% a variation
-  has 4% at its first table, 0.8% at the second if it has other pairs there, and so on: a fifth each of what is left.
-  So whoever adds pairs until he likes what he sees is wrong about any variation in at most 5% of cases, too.
+  has 4% at its first table, 0.8% at the second if it has other pairs there, and so on: four fifths of what is left. So
+  whoever adds pairs until he likes what he sees is wrong about any of the variations in at most 5% of cases, too.
 - open: neither. `more` is the number of further pairs with which it would be decided in four cases of five, if its
   difference and deviation are what they look like now.
 - failed: a run of it diverged.
@@ -24,7 +24,7 @@ from records.ledger import CRASHED, FAILED, FINISHED, Ledger, Plan, Run, Start, 
 from records.statistics import Difference, Moments, holm, normal_cdf, smallest, t_quantile
 
 LEVEL = 0.05
-FIRST = 0.8  # the share of what is left of LEVEL that each table takes
+FIRST = 0.8  # the share of what is left of LEVEL that each table takes: small levels cost most where pairs are few
 POWER = 0.8
 MOST = 100  # further pairs; beyond, nobody wants to know how many
 

@@ -43,7 +43,8 @@ def table(*lines) -> dict:
 
 
 def test_pairs_are_of_one_start():
-    """Kills: pairs by order; a deviation between runs for that of differences; the wrong correction. By hand: Student's
+    """Kills: pairs by order; a deviation between runs for that of differences; the wrong correction; further pairs at
+    the level of this table, where the next one has less. By hand: Student's
     t of the differences; p is times 2, for Holm's first of two, and over .8, for the first table; the other's over .8.
     """
     found = table(plan("a b c"), *reversed(runs(a=BASE, b=BETTER, c=UNCLEAR)))
@@ -52,6 +53,8 @@ def test_pairs_are_of_one_start():
     assert found["b"]["p"] == pytest.approx(b.p * 2 / 0.8) and found["c"]["p"] == pytest.approx(min(1, c.p / 0.8))
     assert found["b"]["half_width"] == pytest.approx(t_quantile(1 - 0.04 / 2 / 2, 3) * b.error)
     assert (found["b"]["outcome"], found["c"]["outcome"], found["verdict"]) == ("better", "open", True)
+    some = table(plan("a b"), *runs(a=BASE, b=[3.2788, 3.2769, 3.2798, 3.2781]))["b"]
+    assert some["outcome"] == "open" and some["more"] == more_pairs(some, 0.05 * 0.8 * 0.2) > more_pairs(some, 0.05 * 0.8)
     worse = table(plan("b a"), *runs(a=BASE, b=BETTER))
     assert worse["a"]["outcome"] == "worse" and not worse["verdict"]
 

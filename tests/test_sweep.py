@@ -317,6 +317,17 @@ def test_forks(asked, quick, place, capsys):
     assert Path(first).exists() and Path(second).exists() and not Path(run.log).with_suffix(".checkpoint").exists()
 
 
+def test_checkpoints_that_are_no_pairs():
+    """Kills: two checkpoints of one seed, which are one draw, as two pairs; those of two recipes."""
+    state = dict(seed=0, step=8)
+    runner.check_alike({"a": (state, "recipe"), "b": (dict(seed=1, step=8), "recipe")})
+    for other, says in (((state, "recipe"), "b and a are both of seed 0"),
+                        ((dict(seed=1, step=9), "recipe"), "b is at step 9"),
+                        ((dict(seed=1, step=8), "another"), "or of other values")):
+        with pytest.raises(ValueError, match=says):
+            runner.check_alike({"a": (state, "recipe"), "b": other})
+
+
 def test_starts_of_a_plan():
     """Kills: seeds of the ledger that a later command forgets, or doubles; a default that adds some to them."""
     def starts(*words, before=()):
