@@ -388,19 +388,20 @@ class Bank:
         """Collective. On rank 0 returns masters and state of all ranks, (slots, ...), in host buffers that are valid
         until the next call; {} elsewhere."""
         self.beside.wait()
-        whole = {}
+        whole, real = {}, len(range(self.shares.count)[self.shares.mine])  # slots of this rank that are no padding
         for name, x in dict(masters=self.masters, **self.state).items():
             if self.shares.rank:
-                dist.send(x, 0)
+                if real:
+                    dist.send(x[:real], 0)
                 continue
             if name not in self.buffers:  # kept: page faults of a fresh one cost several times the copy
-                self.buffers[name] = torch.empty(self.shares.padded, *x.shape[1:], dtype=x.dtype)
-            for rank, share in enumerate(self.buffers[name].chunk(self.shares.world)):
+                self.buffers[name] = torch.empty(self.shares.count, *x.shape[1:], dtype=x.dtype)
+            whole[name] = self.buffers[name]
+            for rank, share in enumerate(whole[name].split(self.shares.share)):
                 if rank:
-                    x = share if x.is_cpu else torch.empty_like(x)
+                    x = share if x.is_cpu else torch.empty_like(share, device=x.device)
                     dist.recv(x, rank)
-                share.copy_(x)
-            whole[name] = self.buffers[name][:self.shares.count]
+                share.copy_(x[:len(share)])
         return whole
 
     @torch.no_grad()

@@ -81,7 +81,7 @@ def doctor(words: list[str], price: float | None = None) -> dict:
     findings += [*packages(gpus), *driver(gpus), *waits(gpus), *taken(gpus), *port(), *resolves(), *options()]
     saved = 0
     if run:  # its data may be missing: whether it would fit is to be known before they are fetched
-        size = checkpoint_bytes(run, world)
+        size = checkpoint_bytes(run)
         saved = 2 * size if run["checkpoints"] else 0  # the old one stays until the new is whole
         lines = plan.splitlines() + [f"a checkpoint: {size / 1e9:.3g} GB"]
         plan = "\n".join(lines + (estimate(run, plan, gpus, world, price) if plan else []))
@@ -250,10 +250,9 @@ def taken(gpus: list[Gpu]) -> list[Finding]:
             for gpu in gpus if gpu.total is not None and gpu.used > IN_USE]
 
 
-def checkpoint_bytes(run: dict, world: int) -> int:
-    """The tensors of a checkpoint: masters and states of all slots, and the padding that makes the processes' shares
-    equal, which the file of gathered buffers holds too."""
-    return sum(kept.share(world) * world * kept.bytes for kept in run["banks"])
+def checkpoint_bytes(run: dict) -> int:
+    """The tensors of a checkpoint: masters and states of all slots."""
+    return sum(kept.slots * kept.bytes for kept in run["banks"])
 
 
 def step_bytes(run: dict, sequences: int, kernels: bool, world: int) -> float:
