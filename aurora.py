@@ -15,12 +15,14 @@ rules.py says what a stage is, and what its knobs can be. The stages:
     riemannian_aurora(steps, step_size)  nearly the update of even rows that the gradient favours most
     polar, jordan_polar             U <- polar(U): Muon; by the record's table, by github.com/KellerJordan/Muon's
     schatten4_polar                 the record's table, of an input of Schatten-4 norm 1: results #30 to #46
-    soap(beta2, beta, every)        U = N <- U over a running root mean square in the eigenbases of the gradients: #44
+    soap(beta2, beta, every, least, share)  U = N <- U over a running root mean square in the gradients' eigenbases: #44
     trust_gate(floor, cap, share)   U = N <- between the momentum and U, as far as the two and the gradient agree: #44
     anneal(ratio, exponent, forget) U <- U, less of it where soap's bases show large gradients, of the same length
     contra(strength)                U <- U - strength/2 N/||N||_2, of the same length
+    schatten4_contra(strength)      the same by Schatten-4 norms throughout: results #20 to #43
     normuon(beta2)                  U <- its rows over a running mean of their squares, of the same length
-    normuon_lite(beta2)             the same along the longer side: results #9 to #11
+    normuon_lite(beta2)             the same along the longer side: results #9 to #14
+    schatten4_normuon_lite(beta2)   normuon_lite that keeps the Schatten-4 norm: results #20 and #29
     u_normuon                       U <- every row of one length
     aspect                          U <- sqrt(max(1, m / n)) U
     floor(target)                   U <- U, at least target ||W||_F long
@@ -33,6 +35,7 @@ rules.py says what a stage is, and what its knobs can be. The stages:
     hyperball                       in place of step: W keeps its length, lr is the step's: result #5
     adamw(beta1, beta2, eps, decay) moves W of any shape: torch's fused kernel. A rule begins with it or has it not
     raw_adam(beta1, beta2, eps)     U <- Adam's, without correction of the moments' start at zero, of any shape: #44
+    eigen_adam(beta1, beta2, eps, start, every, forget)  U <- Adam's in the eigenbasis of the rows' gradients: 2560
     lookahead(size, forget)         W <- W + size times its mean movement, which is validated without: #39, #40
     tail_average(start, steps, share)   a running mean of W, validated in a blend with W: results #45, #46
     anchored_average(start, steps, share, anchor)   the same, and gradients are taken beyond W, away from it: #377
@@ -57,7 +60,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from kernels.newton_schulz import newton_schulz
-from rules import BelowOne, Named, Rule, UpToOne, at_least_fp32, at_once, stage, whole
+from rules import BelowOne, Constant, Named, Rule, UpToOne, at_least_fp32, at_once, stage, whole
 
 RESULT_17 = "nesterov(0.95) | aurora(2, 0.5) | contra(0.4) | aspect | floor(0.35) | step"
 
@@ -384,6 +387,17 @@ def contra(U: Tensor, N: Tensor, strength: float = 0.4) -> Tensor:
     return (U - strength / 2 * N / torch.where(with_N, sigma, torch.inf)) * frobenius(U) / length
 
 
+def of_schatten4(X: Tensor, Z: Tensor) -> Tensor:
+    """Z of X's Schatten-4 norm."""
+    return Z * schatten4(X) / schatten4(Z).clamp(min=1e-10)
+
+
+@stage()
+def schatten4_contra(U: Tensor, N: Tensor, strength: float = 0.4) -> Tensor:
+    """Contra-Muon as results #20 to #43 have it: U - strength/2 * N/||N||_S4, scaled back to ||U||_S4."""
+    return of_schatten4(U, U - strength / 2 * N / schatten4(N).clamp(min=1e-10))
+
+
 @stage("floor")
 def update_weight_floor(U: Tensor, W: Tensor, target: float = 0.35) -> Tensor:
     """U, scaled up where it is shorter than target * ||W||_F. Stands in for weight decay: it bounds ||W||_F instead."""
@@ -406,6 +420,13 @@ def normuon_lite(U: Tensor, second_moment: Tensor, beta2: BelowOne = 0.95) -> tu
     """NorMuon as results #9, #10 and #11 of track 3 have it: the square root's argument is at least 1e-10."""
     U, second_moment = with_mean_square(U, second_moment, beta2)
     return of_length(frobenius(U), U / second_moment.clamp(min=1e-10).sqrt()), second_moment
+
+
+@stage(second_moment=lambda W: (W[..., :1] if W.size(-2) >= W.size(-1) else W[..., :1, :]).shape)
+def schatten4_normuon_lite(U: Tensor, second_moment: Tensor, beta2: BelowOne = 0.95) -> tuple[Tensor, Tensor]:
+    """normuon_lite, but that U keeps its Schatten-4 norm: results #20 and #29."""
+    U, second_moment = with_mean_square(U, second_moment, beta2)
+    return of_schatten4(U, U / second_moment.clamp(min=1e-10).sqrt()), second_moment
 
 
 def with_mean_square(U: Tensor, second_moment: Tensor, beta2: float) -> tuple[Tensor, Tensor]:
@@ -461,18 +482,27 @@ def next_bases(row_covariance, row_basis, column_covariance, column_basis, secon
 @stage(makes=("U", "N", "L", "R"), after=next_bases, row_covariance=row_pairs, row_basis=row_pairs,
        column_covariance=column_pairs, column_basis=column_pairs, second_moment=whole)
 def soap(U: Tensor, G: Tensor, row_covariance: Tensor, row_basis: Tensor, column_covariance: Tensor,
-         column_basis: Tensor, second_moment: Tensor, beta2: BelowOne = 0.9, beta: BelowOne = 0.9, every: int = 1):
+         column_basis: Tensor, second_moment: Tensor, beta2: BelowOne = 0.9, beta: BelowOne = 0.9, every: int = 1,
+         least: Constant = 0.0, share: Constant = 1.0):
     """SOAP (arXiv 2409.11321) as results #44 to #46 of track 3 have it, before a polar factor.
 
     In the bases L, R of the last step, Y = L^T U R,  v <- beta2 v + (1 - beta2) Y^2,  P = L (Y / sqrt(v)) R^T, which
     gets U's Schatten-4 norm. Then the covariances take in the gradient, C <- beta C + (1 - beta) G G^T, of columns
     G^T G. The second moment is of the momentum, not of the gradient, and nothing is corrected for its start at zero.
-    The bases follow the covariances every so many steps.
+    The bases follow the covariances after the first step and every so many from there.
+
+    For attn.v results #20 to #43 let no sqrt(v) be below `least` times their root mean square, and take share P +
+    (1 - share) U before P gets U's norm: as P has no scale, U's part in it depends on the gradients'.
     """
     L, R = started(row_basis), started(column_basis)
     Y = L.mT @ U @ R
     second_moment = beta2 * second_moment + (1 - beta2) * Y.square()
-    P = L @ (Y / second_moment.clamp(min=1e-16).sqrt()) @ R.mT
+    v = second_moment.clamp(min=1e-16)
+    if least:
+        v = torch.maximum(v, least**2 * v.mean(dim=(-2, -1), keepdim=True))
+    P = L @ (Y / v.sqrt()) @ R.mT
+    if share != 1:
+        P = share * P + (1 - share) * U
     P = P * schatten4(U).clamp(min=1e-8) / schatten4(P).clamp(min=1e-8)
     return (P, P, L, R, beta * row_covariance + (1 - beta) * G @ G.mT, row_basis,
             beta * column_covariance + (1 - beta) * G.mT @ G, column_basis, second_moment)
@@ -592,6 +622,38 @@ def raw_adam(G: Tensor, mean: Tensor, mean_square: Tensor, beta1: BelowOne = 0.8
     return mean / (mean_square.sqrt() + eps), mean, mean_square
 
 
+def next_eigenbasis(covariance, basis, mean, mean_square) -> dict[str, Tensor]:
+    """The covariance's eigenvectors, and the moments in them: with T = Q_old^T Q_new, m T and v (T o T). On a GPU
+    torch's eigh has the host wait, as it looks whether it has converged."""
+    Q = torch.linalg.eigh(covariance).eigenvectors  # of 0 they are the identity
+    T = started(basis).mT @ Q
+    return dict(basis=Q, mean=mean @ T, mean_square=mean_square @ T.square())
+
+
+@stage(after=next_eigenbasis, across=("covariance",), covariance=column_pairs, basis=column_pairs, mean=whole,
+       mean_square=whole)
+def eigen_adam(G: Tensor, covariance: Tensor, basis: Tensor, mean: Tensor, mean_square: Tensor, t,
+               beta1: BelowOne = 0.8, beta2: BelowOne = 0.99, eps: float = 1e-10, start: int = 1000, every: int = 8,
+               forget: BelowOne = 0.05) -> tuple[Tensor, ...]:
+    """Adam in the eigenbasis Q of C, a running mean of G^T G over all rows of a parameter: SOAP of one side, for the
+    head in the open claims of 2560 and 2540 steps, github.com/jn2clark/modded-nanogpt.
+
+    Y = G Q,  m <- beta1 m + (1 - beta1) Y,  v <- beta2 v + (1 - beta2) Y^2,  and U is
+    (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps) Q^T.  Up to step `start` Q is the identity and U Adam's. C
+    begins with the G^T G of the step after it; Q follows after step 1 and every so many from there, and takes m and v
+    with it. The claim's program has Q follow C before a step, not after it.
+    """
+    t = torch.as_tensor(t, dtype=G.dtype)
+    Q = started(basis)
+    Y = G @ Q
+    mean = beta1 * mean + (1 - beta1) * Y
+    mean_square = beta2 * mean_square + (1 - beta2) * Y.square()
+    U = mean / (1 - beta1**t) / ((mean_square / (1 - beta2**t)).sqrt() + eps)
+    new = G.mT @ G
+    covariance = torch.where(t > start + 1, (1 - forget) * covariance + forget * new, new * (t > start))
+    return U @ Q.mT, covariance, basis, mean, mean_square
+
+
 def at_point(point: Tensor) -> Tensor:
     return point
 
@@ -673,6 +735,15 @@ class Shares(NamedTuple):
     def gather(self, slots: Tensor):
         """Start to send what each owns to all ranks, in place; None where there is one rank."""
         return all_gather(slots, slots[self.mine], group=self.group, async_op=True) if self.world > 1 else None
+
+    def total(self, mine: Tensor) -> Tensor:
+        """Collective: the sum over all slots, (1, ...), of what each rank has of its own. Their order is that of the
+        slots, so that the sum has the same bits for every number of ranks."""
+        slots = mine.new_zeros(self.padded, *mine.shape[1:])
+        slots[self.mine] = mine
+        if work := self.gather(slots):
+            work.wait()
+        return slots[:self.count].sum(dim=0, keepdim=True)
 
     def take(self, slots: Tensor) -> Tensor:
         """This rank's run of `count` slots, with zeros for padding."""

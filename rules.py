@@ -44,6 +44,10 @@ class BelowOne(float):
     """The type of a knob in [0, 1), such as the weight of the past in a running mean."""
 
 
+class Constant(float):
+    """The type of a knob that no schedule can turn: a stage may be another program for another value."""
+
+
 class UpToOne(float):
     """The type of a number in (0, 1], such as a part of a run."""
 
@@ -58,7 +62,8 @@ class Stage(NamedTuple):
     state: dict[str, Callable]  # {name: W -> shape} of what it keeps from step to step, zeros at first
     captured: bool  # whether a CUDA graph can hold it
     after: Callable | None  # state -> state, outside of a CUDA graph, once the step's weights are on their way; of a
-    # stage with a knob `every`, after every so many steps
+    # stage with a knob `every`, after the first step and after every so many from there
+    across: tuple[str, ...]  # of its state, what `after` is given summed, where slots are the parts of a matrix
     views: dict[str, Callable]  # {view: W, state and knobs, by name -> W as the model holds it meanwhile}
     any_shape: bool  # whether it takes vectors and numbers, and not matrices alone
     in_place: bool  # whether it works in place, in W's own dtype, as the first of its rule
@@ -80,8 +85,8 @@ class Stage(NamedTuple):
 STAGES: dict[str, Stage] = {}
 
 
-def stage(name: str | None = None, makes=("U",), captured=True, after=None, views=MappingProxyType({}), any_shape=False,
-          in_place=False, **state: Callable) -> Callable:
+def stage(name: str | None = None, makes=("U",), captured=True, after=None, across=(), views=MappingProxyType({}),
+          any_shape=False, in_place=False, **state: Callable) -> Callable:
     """Decorator: from here on, update rules can name this function, or its `name`. It stays the function it is.
 
     @stage(average=whole)
@@ -96,7 +101,7 @@ def stage(name: str | None = None, makes=("U",), captured=True, after=None, view
             Rule.of.cache_clear()
             compiled_rule.cache_clear()
         STAGES[called] = Stage(called, function, tuple(x for x in parameters if x in FLOW), knobs, tuple(makes),
-                               state, captured, after, dict(views), any_shape, in_place)
+                               state, captured, after, tuple(across), dict(views), any_shape, in_place)
         return function
     return register
 
@@ -163,6 +168,11 @@ def at_least_fp32(X: Tensor) -> torch.dtype:
 class Part(NamedTuple):
     stage: Stage
     knobs: dict[str, float | Schedule | Named]  # numbers are constants of the compiled program
+
+    @property
+    def settings(self) -> dict:
+        """The knobs, and the defaults of those that the text leaves out."""
+        return {name: parameter.default for name, parameter in self.stage.knobs.items()} | self.knobs
 
 
 class Rule(NamedTuple):
@@ -264,13 +274,14 @@ class Rule(NamedTuple):
     def has_after(self) -> bool:
         return any(stage.after for stage, _ in self.parts)
 
-    def after_(self, state: dict[str, Tensor], t: int):
+    def after_(self, state: dict[str, Tensor], t: int, total: Callable[[Tensor], Tensor] = lambda x: x):
         """The stages' second parts, in place, after step t: what no CUDA graph can hold, and the next step alone
-        needs."""
-        for stage, numbers in self.parts:
-            if stage.after and t % numbers.get("every", 1) == 0:
-                kept = stage.kept(state)
-                for name, value in stage.after(**kept).items():
+        needs. `total`: the sum of a state over the parts of a matrix, (1, ...); where slots are matrices, itself."""
+        for part in self.parts:
+            if part.stage.after and (t - 1) % part.settings.get("every", 1) == 0:
+                kept = part.stage.kept(state)
+                summed = {name: total(kept[name]) for name in part.stage.across}
+                for name, value in part.stage.after(**kept | summed).items():
                     kept[name].copy_(value)
 
     @property
@@ -280,10 +291,9 @@ class Rule(NamedTuple):
 
     def view(self, name: str, W: Tensor, state: dict[str, Tensor], knobs: dict) -> Tensor:
         """W as the model holds it while it is trained ("training") or validated ("val_loss" or "val_ema_loss")."""
-        for stage, numbers in reversed(self.parts):
-            if function := stage.views.get(name):
-                defaults = {x: parameter.default for x, parameter in stage.knobs.items()}
-                known = dict(W=W, **stage.kept(state)) | defaults | stage.set_to(numbers, knobs)
+        for part in reversed(self.parts):
+            if function := part.stage.views.get(name):
+                known = dict(W=W, **part.stage.kept(state)) | part.stage.set_to(part.settings, knobs)
                 W = function(**{x: known[x] for x in inspect.signature(function).parameters})
         return W
 
@@ -402,7 +412,7 @@ def bind(where: str, name: str, arguments: list, names: list[str], required: lis
 def schedule_or_number(where: str, node: ast.expr, kind: type, stage: Stage) -> float | Schedule | Named:
     if not isinstance(node, ast.Call):
         return number(where, node, kind)
-    if kind is int or stage.in_place:
+    if kind in (int, Constant) or stage.in_place:
         raise ValueError(f"{where} is a constant of the program: it takes a number, not {ast.unparse(node)}")
     if ast.unparse(node.func) == "names":
         return read_names(where, node, kind)
@@ -413,11 +423,11 @@ def read_schedule(where: str, node: ast.expr, schedules: dict[str, Callable], ki
     """One of some functions with its arguments after the first `given`, which it takes when it is called."""
     name, arguments = read_call(node, schedules, "schedule")
     parameters = list(inspect.signature(schedules[name]).parameters.values())[given:]
-    types = {p.name: p.annotation for p in parameters}
+    types, required = {p.name: p.annotation for p in parameters}, [p.name for p in parameters if p.default is p.empty]
     values = {x: read_schedule(f"{where}: {x}", value, schedules, kind, given)
               if types[x] is inspect.Parameter.empty and isinstance(value, ast.Call) else
               number(f"{where}: {x}", value, kind if types[x] is inspect.Parameter.empty else types[x], least=0)
-              for x, value in bind(where, name, arguments, list(types), list(types)).items()}
+              for x, value in bind(where, name, arguments, list(types), required).items()}
     if not values.get("start", 0) < values.get("stop", 1):
         raise ValueError(f"{where}: start={values['start']} is not before stop={values['stop']}")
     return Schedule(schedules[name], values)

@@ -14,6 +14,7 @@ aurora.py, its language rules.py; initial.py draws weights; what any run needs, 
 import math
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache, partial
@@ -43,7 +44,7 @@ from kernels.cross_entropy import head_loss
 from kernels.mlp import relu2_mlp
 from kernels.norm import prenorm
 from kernels.qkv import qkv_heads
-from rules import Rule, UpToOne, parse_expression, power, read_schedule
+from rules import Rule, UpToOne, parse_expression, power, ramp, read_schedule
 
 
 ########################################
@@ -67,18 +68,20 @@ class Hyperparameters:
     head_dim: int = 128
     mlp_expansion: float = 4.0  # neurons of an MLP, in model_dim
     activation: str = "relu2"  # or "swiglu", whose gate is a third matrix of the MLP
-    # update rules, in the language of rules.py; STAGE.KNOB=VALUE on the command line changes one number
+    # update rules, in the language of rules.py; STAGE.KNOB=VALUE on the command line changes one number. For names()
+    # the matrices of a layer's q, k and v are attn_q, attn_k and attn_v
     matrix_update: str = "nesterov(0.95) | aurora(2, 0.5) | contra(0.4) | aspect | floor(0.35) | step"
     mlp_update: str = ""  # of the MLPs' matrices, where it is another
     matrix_lr: float = 0.0375  # the matrices of the blocks
     adam_update: str = "adamw(0.8, 0.95, 1e-10, 0)"  # of all other parameters
+    head_update: str = ""  # of the head's matrix, where it is another
     vector_update: str = ""  # of biases and gains, where it is another
     final_update: str = ""  # stages that every one of these rules ends with: averages, lookahead
     embed_lr: float = 0.3
     head_lr: float = 1 / 320
     vector_lr: float = 0.01  # biases and gains
     embed_dtype: str = "bfloat16"  # of the embedding's master and state; or "float32"
-    # schedules of the rates, of RATES below
+    # schedules of the rates, of RATES below, one in another as in knobs
     matrix_schedule: str = "linear(0.7)"
     adam_schedule: str = "linear(0.7)"
     warmup_steps: int = 1  # the first step has 1 / warmup_steps of the rate: 1 is no warm-up
@@ -109,12 +112,16 @@ class Hyperparameters:
                               ("embed_dtype", ("bfloat16", "float32"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: it is one of {', '.join(choices)}")
-        for name in ("matrix_schedule", "adam_schedule", "matrix_update", "mlp_update", "adam_update", "vector_update"):
+        for name in ("matrix_schedule", "adam_schedule", "matrix_update", "mlp_update", "adam_update", "head_update",
+                     "vector_update"):
             try:
                 if name.endswith("_schedule"):
                     schedule_of_rates(getattr(self, name))
                 elif not self.rule(name).any_shape and name in ("adam_update", "vector_update"):
                     raise ValueError("vectors and numbers have no rows; it is adamw(...) or raw_adam(...) | step")
+                elif not self.rule(name).any_shape and name == "head_update" and self.vocab_size % HEAD_PARTS:
+                    raise ValueError(f"the head is moved in {HEAD_PARTS} equal parts, which vocab_size="
+                                     f"{self.vocab_size} does not allow: take a multiple of {HEAD_PARTS}")
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         if self.metric not in self.metrics:
@@ -133,14 +140,15 @@ class Hyperparameters:
         return min(self.train_steps, self.stop_step)
 
     def rule(self, name: str) -> Rule:
-        """The whole of matrix_update, mlp_update, adam_update or vector_update."""
-        others = {"mlp_update": self.matrix_update, "vector_update": self.adam_update}
+        """The whole of matrix_update, mlp_update, adam_update, head_update or vector_update."""
+        others = {"mlp_update": self.matrix_update, "head_update": self.adam_update, "vector_update": self.adam_update}
         text = getattr(self, name) or others.get(name, "")
         return Rule.of(" | ".join(filter(None, [text, self.final_update])))
 
     @property
     def rules(self) -> dict[str, Rule]:
-        return {name: self.rule(name) for name in ("matrix_update", "mlp_update", "adam_update", "vector_update")}
+        return {name: self.rule(name) for name in ("matrix_update", "mlp_update", "adam_update", "head_update",
+                                                   "vector_update")}
 
     @property
     def metrics(self) -> list[str]:
@@ -284,9 +292,19 @@ class GPT(nn.Module):
 ########################################
 # A step moves each number twice: its gradient to the rank that owns it, its new weight from there to all ranks.
 
+# Of the head's rows, where its rule is one of matrices. A rank owns whole parts, and sums over parts are taken in their
+# order, whatever the number of ranks.
+HEAD_PARTS = 8
+
+
+def slot_names(name: str, slots: int) -> list[str]:
+    """Of a parameter's slots: those of q, k and v, which are three matrices; its own for a matrix, or for its parts."""
+    return [name.replace("qkv", x) for x in "qkv"] if "qkv" in name else [name] * slots
+
+
 class Bank:
     """The parameters that one update rule moves, back to back in one tensor. A slot is one matrix, all of one shape,
-    or, with slot=(), one number.
+    or one of several parts of a matrix, or, with slot=(), one number.
 
     Each rank has all weights, in bf16, and its own gradients of them, summed in fp32 over micro-batches. It owns an
     equal run of the slots: their sum over ranks, masters in `dtype`, and the rule's state are there alone. So the
@@ -302,18 +320,19 @@ class Bank:
         self.params, self.rule, self.lr = params, rule, lr
         device = next(iter(params.values())).device
         sizes = {name: p.numel() // math.prod(slot) for name, p in params.items()}
-        self.slots = [name for name, size in sizes.items() for _ in range(size if slot else 0)]
+        self.slots = [x for name, size in sizes.items() for x in slot_names(name, size)] if slot else []
         self.shares = Shares.of(sum(sizes.values()), multiple=1 if slot else self.ALIGNED)
         self.weights = torch.zeros(self.shares.padded, *slot, dtype=torch.bfloat16, device=device)
         self.gradients = torch.zeros_like(self.weights, dtype=torch.float32)
         for p, weight in zip(params.values(), self.views(self.weights)):
             p.data = weight
+        self.total = self.shares.total if len({*self.slots}) == 1 else lambda x: x  # of slots that are parts
         self.masters = torch.zeros_like(self.weights[self.shares.mine], dtype=dtype)
         self.state = rule.state(self.masters)
         # tensors, which a CUDA graph reads anew at each replay
         self.knobs = {name: torch.zeros((), device=device) for name in ("lr", "t", *rule.at(0))}
         self.knobs |= {name: (self.shares.take(x).view(-1, *[1 for _ in slot]) if x.ndim else x).to(device)
-                       for name, x in rule.of_slots(sizes).items()}
+                       for name, x in rule.of_slots(Counter(self.slots) or sizes).items()}
         self.run = Replayed(pool) if device.type == "cuda" and rule.captured else lambda update: update()
         self.beside = Beside(torch.cuda.Stream(device) if device.type == "cuda" and rule.has_after else None)
         self.buffers = {}
@@ -338,7 +357,8 @@ class Bank:
         self.turn_knobs(step)
         self.advance()
         self.work = self.shares.gather(self.weights)
-        self.beside(partial(self.rule.after_, self.state, step + 1))  # under the next forward and backward pass
+        # under the next forward and backward pass
+        self.beside(partial(self.rule.after_, self.state, step + 1, self.total))
 
     def turn_knobs(self, step: int):
         """To what they are in the step that is made after `step` steps."""
@@ -428,7 +448,8 @@ def make_banks(model: GPT, hp: Hyperparameters, place: Place) -> list[Bank]:
         return Bank(params, slot, hp.rule(rule), lr, dtype, pool)
     banks = [bank(params, slot, rule, hp.matrix_lr, "matrix")
              for (slot, rule), params in sorted(matrices.items(), key=lambda x: -math.prod(x[0][0]))]
-    banks += [bank({"head.weight": model.head.weight}, (), "adam_update", hp.head_lr),
+    head = () if hp.rule("head_update").any_shape else (hp.vocab_size // HEAD_PARTS, hp.model_dim)
+    banks += [bank({"head.weight": model.head.weight}, head, "head_update", hp.head_lr),
               bank({"embed.weight": model.embed.weight}, (), "adam_update", hp.embed_lr,
                    dtype=getattr(torch, hp.embed_dtype)),
               bank(vectors, (), "vector_update", hp.vector_lr)]
@@ -443,11 +464,17 @@ def linear_rate(step: int, steps: int, fraction: UpToOne) -> float:
     return 1.0 if progress < 1 - fraction else (1 - progress) / fraction
 
 
-def power_rate(step: int, steps: int, last: float, exponent: float) -> float:
-    return power(step, 1.0, steps, last, exponent)
+def power_rate(step: int, steps: int, last: float, exponent: float, horizon: int = 0) -> float:
+    """Towards a horizon, which is train_steps where none is given."""
+    return power(step, 1.0, horizon or steps, last, exponent)
 
 
-RATES = {"linear": linear_rate, "power": power_rate}
+def ramp_rate(step: int, steps: int, before, after, start: int, stop: int) -> float:
+    """From one schedule, or number, to another."""
+    return ramp(step, before, after, start, stop)
+
+
+RATES = {"linear": linear_rate, "power": power_rate, "ramp": ramp_rate}
 
 
 @cache

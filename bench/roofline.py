@@ -82,7 +82,7 @@ PROTOCOLS = ((3.6, 0.47, 2.7, 1 / 4), (10.0, 1.9, 4.0, 0.92), (8.4, 3.4, 9.6, 1.
 TAIL = {("published", "muon"): (12, 8), ("published", "normuon"): (20, 16), ("published", "aurora"): (45, 70),
         ("published", "soap"): (62, 60), ("published", "square soap"): (52, 60),
         ("fused", "muon"): (26, 36), ("fused", "normuon"): (31, 45), ("fused", "aurora"): (28, 44),
-        ("fused", "soap"): (53, 36), ("fused", "square soap"): (42, 36)}
+        ("fused", "soap"): (53, 36), ("fused", "square soap"): (42, 36), ("fused", "eigen_adam"): (10, 5)}
 
 
 def this_card() -> str | None:
@@ -178,12 +178,12 @@ def flops(hp: train_gpt.Hyperparameters) -> dict[str, float]:
     """Of a step of the whole batch, by part; attention as the kernels do it, the causal half."""
     parts = model_kernels(hp, hp.batch_tokens // hp.sequence_length, "published")
     total = {name: sum(k.count * k.flops for k in kernels) for name, kernels in parts.items()}
-    rule = Rule.of(hp.matrix_update)
-    matrices = [(m, n) for _, m, n in block_matrices(hp)]
+    matrices = [(bank.count, *bank.shape, bank.rule) for bank in banks(hp) if bank.shape]
     found = {"products": total["products"], "attention": total["attention"],
-             "Newton-Schulz": sum(polar_factors(rule, m, n) * polar_flops(m, n) for m, n in matrices)}
+             "Newton-Schulz": sum(count * polar_factors(rule, m, n) * polar_flops(m, n)
+                                  for count, m, n, rule in matrices)}
     for name, part in (("fp32 products of updates", fp32_kernels), ("second parts", second_part)):
-        if work := sum(k.count * k.flops for m, n in matrices for k in part(1, m, n, rule, "fused")):
+        if work := sum(k.count * k.flops for stack in matrices for k in part(*stack, "fused")):
             found[name] = work
     return found
 
@@ -236,6 +236,7 @@ class Work(NamedTuple):
     products: Callable  # (m, n) -> those of its first part
     later: Callable = lambda m, n: []  # those of its second
     qr: Callable = lambda m, n: []  # sizes of the square matrices whose QR the second part takes
+    once: bool = False  # whether these are of the stack's sum, and not of every matrix
 
 
 def gram(m: int, n: int) -> tuple[int, int, int]:
@@ -248,6 +249,9 @@ WORK = {
     "soap": Work(lambda m, n: [(m, n, m), (m, n, n), (m, n, m), (m, n, n),  # into the bases and back
                                gram(m, n), gram(m, n), (m, m, n), (n, n, m)],  # two norms; covariances
                  lambda m, n: [(m, m, m), (n, n, n)], lambda m, n: [m, n]),
+    # its eigenvectors are taken for two QRs: a reduction from column to column, and as much again; assumed
+    "eigen_adam": Work(lambda m, n: [(m, n, n), (m, n, n), (n, n, m)],
+                       lambda m, n: [(n, n, n), (m, n, n), (m, n, n)], lambda m, n: [n, n], once=True),
 }
 
 
@@ -268,21 +272,24 @@ def fp32_kernels(count: int, m: int, n: int, rule: Rule, form: str) -> list[Kern
 
 
 def second_part(count: int, m: int, n: int, rule: Rule, form: str) -> list[Kernel]:
-    """The stages' second parts. Published, the diagonal of Q^T C Q is taken of the whole product: two more of each.
-    ValueError where a stage's is not in WORK."""
+    """The stages' second parts; of one that not every step has, a step's share. Published, the diagonal of Q^T C Q is
+    taken of the whole product: two more of each. ValueError where a stage's is not in WORK."""
     found = []
-    for stage, _ in rule.parts:
+    for part in rule.parts:
+        stage = part.stage
         if not stage.after:
             continue
         if stage.name not in WORK:
             raise ValueError(f"what {stage.name} does after a step is not in bench.roofline.WORK: add it there")
         work = WORK[stage.name]
-        found += in_fp32(count, work.later(m, n) * (3 if form == "published" else 1), form)
+        later = in_fp32(count, work.later(m, n) * (3 if form == "published" else 1), form)
+        slow = 1 if work.once else count
         for size in work.qr(m, n):
             # geqrf and orgqr are 4/3 size^3 each; 10 passes order and copy the matrix and take the diagonal
-            found += [Kernel(count, 8 / 3 * size**3, 16 * size**2, rate="fp32", least=size * COLUMN),
-                      Kernel(5, 0, 8 * size**2 * count)]
-        found.append(Kernel(3, 0, 8 * m * n * count))  # the second moment's places
+            later += [Kernel(slow, 8 / 3 * size**3, 16 * size**2, rate="fp32", least=size * COLUMN),
+                      Kernel(5, 0, 8 * size**2 * slow)]
+        later.append(Kernel(3, 0, 8 * m * n * count))  # the second moment's places
+        found += [kernel._replace(count=kernel.count / part.settings.get("every", 1)) for kernel in later]
     return found
 
 
@@ -291,6 +298,8 @@ def tail(m: int, n: int, rule: Rule, form: str) -> tuple[int, int]:
     names = " ".join(part.stage.name for part in rule.parts)
     if "aurora" in names and form == "fused" and m == n:  # nothing to balance, and contra stays
         return TAIL[form, "muon"]
+    if "eigen_adam" in names:
+        return TAIL["fused", "eigen_adam"]
     if "soap" in names:
         return TAIL[form, "square soap" if m == n else "soap"]
     return TAIL[form, "aurora" if "aurora" in names else "normuon" if "normuon" in names else "muon"]
@@ -320,7 +329,8 @@ class Bank(NamedTuple):
     name: str  # of its first parameter
     count: int  # of what is owned whole, a matrix or a number
     numel: int  # of one
-    shape: tuple[int, int] | None  # of a matrix, which matrix_update moves; AdamW moves the others
+    shape: tuple[int, int] | None  # of a matrix, or of the parts of one
+    rule: Rule
 
     def share(self, gpus: int) -> int:
         return ceil(self.count / gpus)
@@ -332,7 +342,7 @@ def banks(hp: train_gpt.Hyperparameters) -> list[Bank]:
     with torch.device("meta"):
         made = train_gpt.make_banks(train_gpt.GPT(hp), hp, Place(0, 1, torch.device("meta")))
     return [Bank(next(iter(bank.params)), bank.shares.count, bank.masters[0].numel(),
-                 tuple(bank.masters[0].shape) or None) for bank in made]
+                 tuple(bank.masters[0].shape) or None, bank.rule) for bank in made]
 
 
 def wire(hp: train_gpt.Hyperparameters, gpus: int) -> tuple[float, float]:
@@ -352,16 +362,16 @@ def sharded_step(hp: train_gpt.Hyperparameters, gpus: int, nodes: int, gpu: GPU,
     """All reduce-scatters are queued at once. A bank is updated when its gradient is there and the bank before is done,
     with its second part, unless that is hidden; its all-gather joins the queue after the first part. NCCL works the
     queue off in order."""
-    backend, rule = next(iter(gpu.attention)), Rule.of(hp.matrix_update)
+    backend = next(iter(gpu.attention))
     arrived, wires, done, busy, later, ready = [], 0.0, 0.0, 0.0, 0.0, []
     for bank in banks(hp):
         wires += collective(gpus, nodes, 4 * bank.share(gpus) * gpus * bank.numel, gpu)
         arrived.append(wires)
     for bank, arrival in zip(banks(hp), arrived):
         share, second = bank.share(gpus), []
-        if bank.shape and not rule.in_place:
-            kernels = update_kernels(share, *bank.shape, rule, "fused")
-            second = second_part(share, *bank.shape, rule, "fused")
+        if bank.shape and not bank.rule.in_place:
+            kernels = update_kernels(share, *bank.shape, bank.rule, "fused")
+            second = second_part(share, *bank.shape, bank.rule, "fused")
         else:
             kernels = [Kernel(2, 0, 15 * share * bank.numel)]  # gradient, weight and moments in fp32, weight in bf16
         first, second = (seconds(part, gpu, backend, LAUNCH["fused"]) for part in (kernels, second))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from records.statistics import Moments, t_quantile
 
 FOLDER = Path(__file__).resolve().parent / "published"
-METRICS = {46: "val_ema_loss"}  # what a result claims; the others claim val_loss
+METRICS = {46: "val_ema_loss"}  # what a result claims; the others claim val_loss, and #45 prints its blend as that
 
 
 class Result(NamedTuple):
@@ -72,7 +72,7 @@ def curves(record: int, metric: str | None = None) -> dict[int, dict[int, float]
     runs: dict[int, dict[int, float]] = {}
     if (FOLDER / name).exists():
         for row in rows(name):
-            if metric in row:
+            if row.get(metric):
                 runs.setdefault(int(row["seed"]), {})[int(row["step"])] = float(row[metric])
     return runs
 
@@ -82,13 +82,14 @@ REFERENCE_RUNS = 8  # at least: of fewer the intervals are too wide to tell anyt
 
 def references() -> str:
     """reference.csv: `reference` of every result of which enough runs have their own curve, on the metric that it
-    claims. `train_steps` is the length of its schedule, which some of its runs do not come to the end of."""
+    claims, and on val_ema_loss. `train_steps` is the length of its schedule, which some of its runs do not come to the
+    end of."""
     lines = ["record,metric,train_steps,step,mean,sd,slope,half_width"]
     for record in results():
-        runs = list(curves(record).values())
-        if len(runs) >= REFERENCE_RUNS:
-            head = f"{record},{METRICS.get(record, 'val_loss')},{moments(record)[0]}"
-            lines += [f"{head},{row}" for row in reference(runs)]
+        for metric in dict.fromkeys((METRICS.get(record, "val_loss"), "val_ema_loss")):
+            runs = list(curves(record, metric).values())
+            if len(runs) >= REFERENCE_RUNS:
+                lines += [f"{record},{metric},{moments(record)[0]},{row}" for row in reference(runs)]
     return "\n".join(lines) + "\n"
 
 

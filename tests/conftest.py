@@ -54,6 +54,7 @@ SOAP_MUON = [
     "trust_gate(0, 0.85, names(0, attn_proj=1)) | schatten4_polar | anneal(at_least(power(1, 6, 4, 1.2), 0.3)) | "
     "aspect | brake(0.5) | row_floor(1.75) | step | pin | cautious_decay(0.5)",
     "adam_update=adamw(0.8, 0.99, 1e-10, 0)",
+    "head_update=eigen_adam(0.8, 0.99, 1e-10, 1, 1) | step",
     "vector_update=raw_adam(0.8, names(0.997, gains=0.99, attn_proj_bias=0.9965), 1e-10) | step",
     "final_update=anchored_average(1, 2, names(0.6, embed=0), ramp(0, 0.45, 0, 2)) | lookahead(between(0.3, 1, 5))"]
 

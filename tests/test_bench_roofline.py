@@ -162,11 +162,13 @@ class Fp32(TorchDispatchMode):
             self.flops += 2 * made.numel() * args[0].size(-1)
         if operation == torch.ops.aten.linalg_qr.default:
             self.qr += args[0].shape[:-2].numel() * [args[0].size(-1)]
+        if operation == torch.ops.aten._linalg_eigh.default:  # of the stack's sum, taken for two QRs
+            self.qr += 2 * [args[0].size(-1)]
         return made
 
 
 @pytest.mark.parametrize("shape", [(96, 32), (32, 96), (64, 64)])
-@pytest.mark.parametrize("text", [SOAP, "soap | step", "schatten4_polar | step"])
+@pytest.mark.parametrize("text", [SOAP, "soap | step", "schatten4_polar | step", "eigen_adam(every=1) | step"])
 def test_work_in_fp32_is_what_runs(text, shape):
     """Kills: a product of a stage that is not counted or not run, a covariance or a basis of the other side, a QR of
     another size, one form that does what the other does not, work that a stack's length does not multiply."""
@@ -182,10 +184,11 @@ def test_work_in_fp32_is_what_runs(text, shape):
     fused, published = (roofline.second_part(3, *shape, rule, form) for form in ("fused", "published"))
     products, qr = ([k for k in fused if k.flops and (k.least > 0) == slow] for slow in (False, True))
     assert sum(k.count * k.flops for k in products) == second.flops
-    assert sum(([round(k.least / roofline.COLUMN)] * k.count for k in qr), []) == second.qr
+    assert sum(([round(k.least / roofline.COLUMN)] * int(k.count) for k in qr), []) == second.qr
     assert all(k.flops == 8 / 3 * (k.least / roofline.COLUMN)**3 for k in qr)
     # there the diagonal of Q^T C Q is taken of two more products
-    assert sum(k.count * k.flops for k in published) - sum(k.count * k.flops for k in fused) == 2 * second.flops
+    further = sum(k.count * k.flops for k in published) - sum(k.count * k.flops for k in fused)
+    assert further == pytest.approx(2 * second.flops)
 
 
 def test_a_second_part_that_is_not_known(monkeypatch):
@@ -221,10 +224,10 @@ def test_soap_on_the_critical_path_and_hidden():
 def test_the_time_of_a_column_by_another_record():
     """Kills: a column whose time is a matter of one program. Published, #14 takes 10.9 ms longer than #11 on the same
     machine: on 3 of the MLP's matrices a rank SOAP's first part at each step and the second at each tenth."""
-    rule, gpu = Rule.of("soap | step"), roofline.GPUS["H100"]
+    rule, gpu = Rule.of("soap(every=10) | step"), roofline.GPUS["H100"]
     first, second = (1000 * roofline.seconds(part(3, 3072, 768, rule, "published"), gpu, "cuDNN", 5e-6)
                      for part in (roofline.fp32_kernels, roofline.second_part))
-    assert first + second / 10 == pytest.approx(170.9 - 160.0, rel=0.3)
+    assert first + second == pytest.approx(170.9 - 160.0, rel=0.3)
 
 
 def test_published_times():

@@ -128,7 +128,7 @@ def test_a_killed_run_that_looks_ahead_goes_on_to_the_same_bits(soap_words, soap
     what a validation has shown, or from W where it had looked ahead; a val_ema_loss of another average."""
     assert killed(tmp_path, [*soap_words, "train_steps=9"], calls=6).returncode == -signal.SIGKILL
     train(tmp_path, ["--resume", f"logs/{checkpoint_of(tmp_path).name}"])
-    same(tmp_path, soap_whole, count=57)
+    same(tmp_path, soap_whole, count=59)
 
 
 def test_what_a_fork_of_a_rule_may_change(soap_whole, tmp_path):
@@ -136,6 +136,7 @@ def test_what_a_fork_of_a_rule_may_change(soap_whole, tmp_path):
     another number."""
     folder = str(checkpoint_of(soap_whole))
     for words, name in ((["final_update="], "matrix_update"), (["vector_update="], "vector_update"),
+                        (["head_update="], "head_update"),
                         ([f"final_update={SOAP_MUON[-1].split(' | ')[1]}"], "matrix_update")):
         with pytest.raises(SystemExit) as refused:
             train(tmp_path / "refused", ["--fork-from", folder, "train_steps=12", *words])

@@ -290,6 +290,8 @@ def test_what_a_rule_keeps(monkeypatch):
     found = doctor.banks(Hyperparameters(matrix_update=SOAP))
     assert [kept.bytes for kept in found[:3]] == [4 * (3 * m * n + 2 * (m * m + n * n))] * 2 + [4 * 7 * n * n]
     assert found[3:] == RECORD["banks"][3:]
+    head = doctor.banks(Hyperparameters(head_update="eigen_adam | step"))[3]  # a master, moments, covariance and basis
+    assert (head.slots, head.bytes) == (8, 4 * (3 * 50304 // 8 * n + 2 * n * n)) and head.passing > 0
     monkeypatch.setattr(rules, "STAGES", dict(rules.STAGES))
 
     @rules.stage("remember", three_rows=lambda W: (*W.shape[:-2], 3, W.size(-1)))

@@ -256,6 +256,29 @@ def test_logs_of_the_published_curves(record, step, tmp_path, capsys):
         assert main(["reproduce", logs, "--of", "46", "--metric", "val_loss"]) == 0
 
 
+def test_our_runs_of_result_45(tmp_path, capsys):
+    """Kills: runs of the recipe, which print their blend as val_ema_loss and claim that, refused or held raw against
+    #45's blend, which its program prints as val_loss; an empty cell of its curves read as a loss; upstream's own logs,
+    or a run that claims val_ema_loss held against a result that has none, refused for it."""
+    blends, printed = published.curves(45, "val_ema_loss"), published.curves(45, "val_loss")
+    for folder in ("ours", "upstream"):
+        (tmp_path / folder).mkdir()
+    for seed, run in printed.items():
+        raw = {step: loss + 0.004 * (step == 2720) for step, loss in run.items()}
+        shown = {step: loss - 0.004 * (2000 < step < 2720) for step, loss in run.items()}
+        assert {step: shown[step] for step in blends[seed]} == blends[seed]
+        write(tmp_path / f"ours/{seed:02}.txt", f"seed: {seed}\n", both(raw, shown, 2900),
+              source=CLAIMING.format("val_ema_loss"))
+        write(tmp_path / f"upstream/{seed:02}.txt", f"seed: {seed}\n", curve(run, 2900))
+    for words in (["ours"], ["upstream"], ["upstream", "--metric", "val_loss"]):
+        assert main(["reproduce", str(tmp_path / words[0]), "--of", "45", *words[1:]]) == 0, words
+        assert "CONSISTENT with #45: off by 0.0000" in capsys.readouterr().out
+    assert main(["reproduce", str(tmp_path / "ours"), "--of", "45", "--metric", "val_loss"]) == 1
+    assert "WORSE than #45 by 0.0040" in capsys.readouterr().out
+    assert main(["reproduce", str(tmp_path / "ours"), "--of", "44"]) == 0  # raw, as far as 2700
+    assert "CONSISTENT with #44" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("value, says", [
     ("'val_ema_loss'", "no line has a val_ema_loss, which its program claims; --metric val_loss reads what it has"),
     ("len('x')", "Hyperparameters.metric is no name: len('x')"), ("'.*'", "Hyperparameters.metric is no name: '.*'")])

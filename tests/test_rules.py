@@ -91,6 +91,7 @@ def own_stages():
     ("step | adamw", "adamw moves the weight by itself"),
     ("soap | trust_gate | polar | step", "trust_gate needs M, which no stage before it makes: nesterov does"),
     ("nesterov | polar | anneal(0.5) | step", "anneal needs L, which no stage before it makes: soap does"),
+    ("soap(least=ramp(0, 1, 0, 9)) | step", "least is a constant of the program"),
     ("soap | anneal(0) | step", "ratio is a number above 0 and at most 1, not 0"),
     ("soap | anneal(at_least(0.5, 2)) | step", "ratio: least is a number above 0 and at most 1, not 2"),
     ("step | polar", "polar stands after step"),

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+import aurora
 from aurora import (
     anneal, bimaxwell, brake, cautious_decay, hyperball, lookahead, nesterov, next_bases, pin, raw_adam, row_floor,
     schatten4, tail_average, trust_gate,
@@ -54,7 +55,8 @@ def test_bases_find_the_eigenvectors():
 
 
 def test_bases_stand_still_between():
-    """Kills: a QR at every step where every third was asked for, or none; covariances that miss the steps between."""
+    """Kills: a QR at every step where every third was asked for, or none; covariances that miss the steps between. The
+    first is after the first step, as in the programs of #14 to #43, where it is of eigenvectors."""
     rule, W = Rule.of("soap(0.9, 0.9, every=3) | step"), draw(1, 5, 3)
     state, seen = rule.state(W), []
     for step in range(7):
@@ -63,8 +65,88 @@ def test_bases_stand_still_between():
         rule.after_(state, step + 1)
         seen.append(state["soap.row_basis"].clone())
         assert before.any() and torch.equal(before, state["soap.row_covariance"])
-    assert [torch.equal(a, b) for a, b in zip(seen, seen[1:])] == [True, False, True, True, False, True]
-    assert not seen[1].any() and seen[2].any()
+    assert [torch.equal(a, b) for a, b in zip(seen, seen[1:])] == [True, True, False, True, True, False]
+    assert seen[0].any()
+
+
+def size4(X):
+    return (np.linalg.svd(X, compute_uv=False) ** 4).sum() ** 0.25
+
+
+def step_of_20(W, G, s, t, whose, mistake):
+    """The matrix step of the programs of #20 to #40 but for Soft-Muon, with the brake that #29 adds, a fade of 8 steps
+    and new bases every third: one matrix, `t` steps behind it."""
+    m, n = W.shape
+    s["M"] = 0.95 * s.get("M", 0) + 0.05 * G
+    N = 0.05 * G + 0.95 * s["M"]
+    X, of_v = N, whose == "v"
+    if (whose != "q" or mistake == "SOAP of q") and "Q" in s:
+        Y = s["Q"].T @ N @ s["P"]
+        s["v"] = 0.9 * s.get("v", 0) + 0.1 * Y * Y
+        D = np.maximum(s["v"], 1e-16) ** 0.5
+        if of_v:
+            D = np.maximum(D, 0.55 * (D.mean() if mistake == "least of their mean" else (D * D).mean() ** 0.5))
+        X = s["Q"] @ (Y / D) @ s["P"].T
+        if mistake == "N of its norm":
+            X = X * size4(N) / size4(X)
+        X = 0.95 * X + 0.05 * N if of_v else X
+        X = X * size4(N) / size4(X)
+    u, singular, vt = np.linalg.svd(X, full_matrices=False)
+    singular = singular / max(size4(X), 1e-7)
+    for _ in range(12):
+        singular = 2 * singular - 1.5 * singular**3 + 0.5 * singular**5
+    U = u * singular @ vt
+    norm = np.linalg.norm if mistake == "Frobenius norms" else size4
+    Z = U - 0.2 * (1 - min(1, t / 8)) * (N if mistake == "contra of N" else X) / max(norm(X), 1e-10)
+    U = Z * norm(U) / max(norm(Z), 1e-10) * max(1, m / n) ** 0.5
+    over = 1 if m >= n else 0
+    s["rows"] = 0.95 * s.get("rows", 0) + 0.05 * (U * U).mean(axis=over, keepdims=True)
+    Z = U / np.maximum(s["rows"], 1e-10) ** 0.5
+    U = Z * norm(U) / max(norm(Z), 1e-10)
+    along = (U * W).sum() / max((W * W).sum(), 1e-12)
+    U = U - 0.5 * along * W if along < 0 else U
+    U = U * max(1, 0.3825 * np.linalg.norm(W) / max(np.linalg.norm(U), 1e-8))
+    for C, Q, square in (("C", "Q", G @ G.T), ("D", "P", G.T @ G)):
+        s[C] = 0.9 * s.get(C, 0) + 0.1 * square
+        if Q not in s:
+            s[Q] = np.linalg.eigh(s[C] + 1e-30 * np.eye(len(s[C])))[1][:, ::-1]
+        elif t > 0 and (t + (mistake == "bases a step early")) % 3 == 0:
+            order = np.argsort(-np.diag(s[Q].T @ s[C] @ s[Q]), kind="stable")
+            s["v"] = np.take(s.get("v", 0 * W), order, axis="CD".index(C))
+            s[Q] = np.linalg.qr(s[C] @ s[Q][:, order])[0]
+    return W - LR * U
+
+
+def apart_from_20(mistake=None) -> float:
+    """How far rules and step_of_20 are apart, at most, after ten steps, the first of gradient zero."""
+    farthest = 0
+    of_v = " | soap(0.9, 0.9, 3, 0.55, 0.95) | trust_gate(names(0, attn_v=1), names(0, attn_v=1))"
+    for shape, soaped, whose in (((5, 5), of_v, "qvq"), ((7, 4), " | soap(0.9, 0.9, 3)", "m"),
+                                 ((4, 7), " | soap(0.9, 0.9, 3)", "m")):
+        rule = Rule.of(f"nesterov(0.95){soaped} | schatten4_polar | schatten4_contra(ramp(0.4, 0, 0, 8)) | "
+                       "schatten4_normuon_lite(0.95) | aspect | brake(0.5) | floor(0.3825) | step")
+        named = rule.of_slots({f"blocks.{i}.attn.{x}.weight": 1 for i, x in enumerate(whose)})
+        W = 3 * draw(len(whose), *shape)
+        state, twins, kept = rule.state(W), list(W.numpy().copy()), [{} for _ in whose]
+        for t in range(10):
+            G = draw(*W.shape, seed=t) * (t > 0)
+            knobs = dict(lr=LR, t=t + 1) | rule.at(t) | {x: v.double().view(-1, 1, 1) for x, v in named.items()}
+            rule.advance_(W, G, state, knobs)
+            rule.after_(state, t + 1)
+            for i, g in enumerate(G.numpy()):
+                twins[i] = step_of_20(twins[i], g, kept[i], t, whose[i], mistake)
+        farthest = max(farthest, *(np.abs(w - twin).max() for w, twin in zip(W.numpy(), twins)))
+    return farthest
+
+
+@pytest.mark.parametrize("mistake", [None, "SOAP of q", "least of their mean", "N of its norm", "contra of N",
+                                     "Frobenius norms", "bases a step early"])
+def test_the_matrix_step_of_results_20_to_40(mistake, monkeypatch):
+    """Kills: each of the mistakes; a stage whose knob is another's, SOAP of all squares, a norm that is not kept."""
+    exact = aurora.polar
+    monkeypatch.setattr(aurora, "schatten4_polar",
+                        lambda G: exact(G, dtype=torch.float64, norm=aurora.clamped_schatten4))
+    assert (apart_from_20(mistake) < 1e-10) == (mistake is None)
 
 
 def test_zero_gradients_do_no_harm():
@@ -214,6 +296,46 @@ def test_adam_as_it_starts():
     assert start[0] == pytest.approx(3.651, abs=5e-4) and max(start) == start[5] == pytest.approx(5.520, abs=5e-4)
     tiny = raw_adam(torch.full((1,), 1e-10, dtype=torch.float64), mean[:1] * 0, mean[:1] * 0, 0, 0)[0]
     assert tiny.item() == pytest.approx(0.5)
+
+
+def stepped(text: str, W: torch.Tensor, gradients, **total) -> torch.Tensor:
+    """A stack after some steps of a rule."""
+    W, rule = W.clone(), Rule.of(text)
+    state = rule.state(W)
+    for t, G in enumerate(gradients, 1):
+        rule.advance_(W, G, state, dict(lr=LR, t=torch.tensor(float(t))))
+        rule.after_(state, t, **total)
+    return W
+
+
+def test_adam_in_a_basis_begins_as_adamw():
+    """Kills: moments that are not Adam's up to `start`, so that nothing could be taken over; a basis that turns before
+    it; one that never does."""
+    W, gradients = draw(2, 6, 4), [draw(2, 6, 4, seed=t) for t in range(1, 7)]
+    adamw = stepped("adamw(0.8, 0.99, 1e-10, 0)", W, gradients)
+    for start, apart in ((6, 0), (5, 0), (4, 1e-3)):  # what step 5 is the first to gather, step 6 is the first to use
+        ours = stepped(f"eigen_adam(0.8, 0.99, 1e-10, {start}, 1) | step", W, gradients)
+        assert apart <= (ours - adamw).abs().max() and (apart or torch.allclose(ours, adamw, rtol=0, atol=1e-14))
+
+
+def test_parts_of_a_matrix_move_as_the_whole():
+    """Kills: a covariance of a part's rows alone, or of several matrices where slots are matrices. A matrix in one
+    slot, its rows in three slots whose covariances are summed, and a stack that it shares with another."""
+    W, gradients = draw(6, 4), [draw(6, 4, seed=t) for t in range(1, 9)]
+    text = "eigen_adam(0.8, 0.99, 1e-10, 1, 2) | step"
+    whole = stepped(text, W[None], [G[None] for G in gradients])[0]
+    parts = stepped(text, W.view(3, 2, 4), [G.view(3, 2, 4) for G in gradients], total=lambda x: x.sum(0, keepdim=True))
+    beside = stepped(text, torch.stack([draw(6, 4, seed=9), W]), [torch.stack([2 * G.flip(0), G]) for G in gradients])
+    torch.testing.assert_close(parts.view(6, 4), whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(beside[1], whole, rtol=0, atol=1e-12)
+    params = [torch.nn.Parameter(x.clone()) for x in (draw(6, 4, seed=9), W)]
+    optimizer = aurora.Aurora(params, lr=LR, update=text)
+    for G in gradients:
+        params[0].grad, params[1].grad = 2 * G.flip(0), G
+        optimizer.step()
+    torch.testing.assert_close(torch.stack([p.detach() for p in params]), beside, rtol=0, atol=1e-12)
+    assert not torch.allclose(stepped(text, W.view(3, 2, 4), [G.view(3, 2, 4) for G in gradients]).view(6, 4), whole,
+                              rtol=0, atol=1e-3)
 
 
 def test_lookahead_of_a_drift():

@@ -59,7 +59,7 @@ def test_the_defaults_are_result_17():
         vocab_size=50304, num_layers=12, model_dim=768, head_dim=128, mlp_expansion=4.0, activation="relu2",
         matrix_update="nesterov(0.95) | aurora(2, 0.5) | contra(0.4) | aspect | floor(0.35) | step", matrix_lr=0.0375,
         adam_update="adamw(0.8, 0.95, 1e-10, 0)", embed_lr=0.3, head_lr=1 / 320, vector_lr=0.01,
-        mlp_update="", vector_update="", final_update="", embed_dtype="bfloat16",  # as the others
+        mlp_update="", head_update="", vector_update="", final_update="", embed_dtype="bfloat16",  # as the others
         matrix_schedule="linear(0.7)", adam_schedule="linear(0.7)", warmup_steps=1, train_steps=3200, stop_step=10**9,
         init="zero_projections",
         val_every=125, val_every_late=25, val_late=0.9, target_loss=3.28, metric="val_loss")
@@ -86,6 +86,18 @@ def test_the_default_model_and_its_banks():
     assert (head, embed) == (["head.weight"], ["embed.weight"])
     assert [(bank.rule.text, bank.lr(0)) for bank in banks] == [
         *((hp.matrix_update, 0.0375),) * 3, *((hp.adam_update, lr) for lr in (1 / 320, 0.3, 0.01))]
+
+
+def test_names_of_slots():
+    """Kills: q, k and v as one name, by which no rule can tell them apart, or in another order than in their product;
+    a knob by name that is another slot's, as of attn.v in the recipe of result #30."""
+    hp = override(["@30_aurora_wide", "num_layers=2", "model_dim=32", "head_dim=16"])
+    model = GPT(hp)
+    *_, squares = train_gpt.make_banks(model, hp, Place(0, 1, CPU))[:3]
+    assert squares.slots == [f"blocks.{i}.attn.{x}.weight" for i in (0, 1) for x in ("q", "k", "v", "proj")]
+    of_v = torch.tensor([0.0, 0, 1, 0, 0, 0, 1, 0]).view(8, 1, 1)
+    assert all(torch.equal(squares.knobs[f"trust_gate.{x}"], of_v) for x in ("floor", "cap"))
+    assert torch.equal(squares.weights[2], model.blocks[0].attn.qkv.weight.chunk(3)[2])
 
 
 def test_adamw_takes_the_matrices_too(small):
@@ -224,6 +236,16 @@ def test_opposed_signs():
         torch.randperm(6, generator=again), torch.randperm(6, generator=again)
         plus = {0: 2, 1: 2, 2: 2, 3: 3, 4: 4, 5: 4, 6: 4}[fair]  # 1.5, 2, 2.5, 3, 3.5, 4 and 4.5, to even
         assert (a[6 * group:][:6] == 1).sum() == plus and (b[6 * group:][:6] == 1).sum() == 6 - plus
+
+
+def test_a_schedule_in_a_schedule():
+    """Kills: a horizon that is train_steps whatever is given, or given and not read; a rate that goes over to another
+    schedule a step early or late, or counts its steps anew; a number that a schedule cannot go over to."""
+    hp = override(["train_steps=100", "matrix_schedule=ramp(power(50, 1, 200), ramp(linear(1), 0.25, 80, 90), 60, 61)"])
+    rates = {0: 1, 60: 1, 61: 0.39, 80: 0.2, 85: (0.15 + 0.25) / 2, 90: 0.25, 99: 0.25}
+    assert {t: train_gpt.learning_rate_factor(t, hp) for t in rates} == pytest.approx(rates)
+    hp = override(["train_steps=100", "adam_schedule=power(50, 1, horizon=200)"])
+    assert [train_gpt.learning_rate_factor(t, hp, "adam") for t in (99, 175)] == [1, 0.5]
 
 
 def test_power_schedule():
@@ -528,6 +550,8 @@ def test_a_knob_of_a_stage():
     (["head_dim=100"], "head_dim=100 does not divide model_dim=768"),
     (["adam_update=adamw(1.0)"], "adam_update: adamw(1.0): beta1 is a number at least 0 and below 1, not 1.0"),
     (["adam_update=polar | step"], "adam_update: vectors and numbers have no rows"),
+    (["head_update=eigen_adam | step", "vocab_size=1004"], "head_update: the head is moved in 8 equal parts, which "
+     "vocab_size=1004 does not allow: take a multiple of 8"),
     (["matrix_update=nesterov | polar | step", "aurora.iterations=3"], "no rule of this run has a stage 'aurora'"),
     (["floor.target=low"], "floor(low): target is a number, finite and not negative"),
     (["floor.target=0.9) | polar(2"], "'0.9) | polar(2' is not understood: write it as a number or a schedule"),

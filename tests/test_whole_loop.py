@@ -27,6 +27,7 @@ RULES = {
                      "anneal(at_least(power(1, 30, 24.7, 1.2), 0.3), 0.25, 0.1) | aspect | brake(0.5) | "
                      "row_floor(1.75) | step | pin | cautious_decay(0.5)",
     "adam_update": "adamw(0.8, 0.99, 1e-10, 0)",
+    "head_update": "eigen_adam(0.8, 0.99, 1e-10, 8, 3, 0.2) | step",
     "vector_update": "raw_adam(0.8, names(0.997, gains=0.99, attn_proj_bias=0.9965), 1e-10) | step",
     "final_update": f"tail_average(16, 5, names(0.6, embed=0)) | lookahead({AHEAD}, 0.1)",
     "matrix_schedule": "power(24.7, 1.2)", "adam_schedule": "power(14.6, 1.2)"}
@@ -47,9 +48,10 @@ def covariance(size: int) -> torch.Tensor:
 
 
 def arrays(bank, numbers) -> dict[str, np.ndarray]:
-    """A tensor of a bank's slots as arrays: a matrix each, q, k and v apart, or a vector each."""
-    named = ([f"{name} {i}" for i, name in enumerate(bank.slots)], numbers) if bank.slots else (
-        bank.params, bank.views(numbers))
+    """A tensor of a bank's slots as arrays: a matrix each, q, k and v apart, the head's parts as one, or a vector
+    each."""
+    apart = len({*bank.slots}) > 1
+    named = (bank.slots, numbers) if apart else (bank.params, bank.views(numbers))
     return {name: x.double().numpy().copy() for name, x in zip(*named)}
 
 
@@ -216,7 +218,34 @@ def vector_step(p, g, s, t, lr, b2, corrected):
     return p - lr * m / (np.sqrt(v) + 1e-10)
 
 
+def head_step(W, G, s, t, lr, mistake):
+    """Adam's moments in the basis Q, which is the identity at first; the covariance of all rows begins with step 8."""
+    if not s:
+        s |= dict(m=0 * W, v=0 * W, Q=np.eye(W.shape[1]))
+
+    def follow():
+        if t >= 8:
+            square = G.T @ G / len(G) if mistake != "covariance of a part" else G[:8].T @ G[:8]
+            s["C"] = 0.8 * s["C"] + 0.2 * square if "C" in s else square * (0.2 if mistake == "C from zero" else 1)
+        if t % 3 == 0 and "C" in s:
+            Q = np.linalg.eigh(s["C"])[1]
+            T, s["Q"] = s["Q"].T @ Q, Q
+            s["m"] = s["m"] if mistake == "mean not carried over" else s["m"] @ T
+            s["v"] = s["v"] if mistake == "squares not carried over" else s["v"] @ (T * T)
+    if mistake == "basis of this step's gradient":
+        follow()
+    Y = G @ s["Q"]
+    s["m"], s["v"] = 0.8 * s["m"] + 0.2 * Y, 0.99 * s["v"] + 0.01 * Y * Y
+    m, v = s["m"] / (1 - 0.8 ** (t + 1)), s["v"] / (1 - 0.99 ** (t + 1))
+    W = W - lr * m / (np.sqrt(v) + 1e-10) @ s["Q"].T
+    if mistake != "basis of this step's gradient":
+        follow()
+    return W
+
+
 def inner_step(name, W, G, s, t, mistake):
+    if name == "head.weight":
+        return head_step(W, G, s, t, RATES["head"] * cooled(t, 14.6), mistake)
     if W.ndim == 2 and "blocks" in name:
         return matrix_step(W, G, s, t, RATES["matrix"] * cooled(t, 24.7), "attn.proj" in name, mistake)
     if W.ndim == 2:
@@ -287,6 +316,13 @@ def test_a_mistake_is_seen(mistake):
     assert apart(mistake, only="blocks.0") > 1e-6
 
 
+@pytest.mark.parametrize("mistake", ["covariance of a part", "C from zero", "mean not carried over",
+                                     "squares not carried over", "basis of this step's gradient"])
+def test_a_mistake_of_the_heads_is_seen(mistake):
+    """Kills: as above, of the head alone."""
+    assert apart(mistake, only="head") > 1e-6
+
+
 OFF = {
     "ramp of the momentum": ((MU, "0.95"), "matrix"),
     "second buffer": ((MOMENTUM, f"nesterov({MU})"), "matrix"),
@@ -305,6 +341,7 @@ OFF = {
     "cautious decay": ((" | cautious_decay(0.5)", ""), "matrix"),
     "rate's cooldown": (("power(24.7, 1.2)", "power(1, 1.2)"), "matrix"),
     "rate's cooldown of the others": (("power(14.6, 1.2)", "power(1, 1.2)"), "other"),
+    "basis of the head": (("1e-10, 8, 3, 0.2)", "1e-10, 1000, 3, 0.2)"), "head.weight"),
     "beta2 of gains": (("gains=0.99", "gains=0.997"), "gains"),
     "beta2 of the projections' bias": (("attn_proj_bias=0.9965", "attn_proj_bias=0.997"), "attn.proj.bias"),
     "uncorrected vectors": (("raw_adam(0.8, names(0.997, gains=0.99, attn_proj_bias=0.9965), 1e-10) | step",
@@ -315,7 +352,8 @@ OFF = {
     "lookahead's end": ((AHEAD, "between(power(0.3, 30, 14.6, 1.2), 2, 18)"), ""),
 }
 FAMILIES = {"matrix": lambda name: "blocks" in name and "weight" in name, "vector": lambda name: "weight" not in name,
-            "from the start": lambda name: "fc.weight" in name or "qkv.weight" in name,  # projections begin at zero
+            # projections begin at zero
+            "from the start": lambda name: "blocks" in name and "weight" in name and "proj" not in name,
             "other": lambda name: not ("blocks" in name and "weight" in name)}
 
 
