@@ -2,10 +2,11 @@
 
     python -m studies.attempts [--quick -o FOLDER] [NAME=VALUE ...]
 
-Rules and strengths are the recipes' own; every number of steps is a tenth of theirs, and a run ends at a tenth of the
-step that its base claims; every rate is a quarter of theirs, since at their own so small a run is chaotic, and pairs of
-equal seeds are as far apart as others. Two layers, 64 wide, on bytes; the loss is the recipes' metric, in a blend of
-weights and average. NAME=VALUE overrides train_gpt.py's.
+Rules and strengths are the recipes' own, but for the head, which moves as the embedding does; every number of steps
+is a tenth of theirs, and a run ends at a tenth of the step that its base claims; every rate is a quarter of theirs,
+since at their own so small a run is chaotic, and pairs of equal seeds are as far apart as others. Two layers, 64
+wide, on bytes; the loss is the recipes' metric, in a blend of weights and average. NAME=VALUE overrides
+train_gpt.py's.
 """
 
 import re
@@ -40,7 +41,7 @@ def tenth(rule: str) -> str:
 def shortened(name: str) -> list[str]:
     """The words of a recipe of records/ with a tenth of its steps and a quarter of its rates."""
     hp = train_gpt.override([f"@{name}"])
-    # the head as the other parameters that are no matrices of blocks: eigen_adam does not divide 257 bytes by eight
+    # a head_update moves the head in eight equal parts, which 257 bytes do not allow
     rules = [f"{field}={tenth(text) * (field != 'head_update')}" for field, text in vars(hp).items()
              if field.endswith(("_update", "_schedule"))]
     rates = [f"{field}={rate / 4}" for field, rate in vars(hp).items() if field.endswith("_lr")]
