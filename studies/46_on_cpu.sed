@@ -23,8 +23,8 @@
 #
 #   for n in 08 36 44 46; do sed s/model_dim=64/model_dim=128/ logs/${n}_on_cpu.py > logs/${n}_wide.py; done
 #
-# and the pairs as above, with that script, `--runs logs/wide_$n -o studies/results/parity_${n}_wide` and, as the last
-# word, model_dim=128.
+# and the pairs as above, with that script, `--seeds 4 --runs logs/wide_$n -o studies/results/parity_${n}_wide` and, as
+# the last word, model_dim=128.
 #
 # In the order in which train_gpt.py draws, from one generator:
 /# --seed S/a\

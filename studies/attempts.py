@@ -64,9 +64,10 @@ def paragraph(lines: list[dict], hp: train_gpt.Hyperparameters) -> str:
         {lines[0]["n"]} pairs of equal seeds (a seed sets the initial weights, not the data), the lowest first; the
         intervals, by Student's t and Bonferroni's inequality, hold all together in 95% of cases. Better here:
         {named(lambda line: line["high"] < 0)}. Worse here: {named(lambda line: line["low"] > 0)}. Not told apart from
-        their recipes: {named(lambda line: line["low"] <= 0 <= line["high"])}. Rates that suit so few channels need not
-        suit 768, and what acts by the noise of gradients or late in a long run is hardly here: the table is an order in
-        which to try them at full size, and no forecast."""
+        their recipes: {named(lambda line: line["low"] <= 0 <= line["high"])}. What raises a rate, as larger
+        rates and moments without correction do, is favoured where all are a quarter, and what lowers it, as annealing
+        does, is not; what acts by the noise of gradients, on long weights or late in a long run is hardly here: an
+        order in which to look, and no forecast for full size."""
 
 
 def main(words: list[str]):
