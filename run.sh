@@ -31,7 +31,7 @@ fi
 trainer=(train_gpt.py)
 if [ "${1-}" = sweep ]; then
     [ "$nodes" = 1 ] || die "sweep is for one machine: unset NNODES"
-    trainer=(-m harness.sweep)
+    trainer=(-m sweep)
     shift
 fi
 

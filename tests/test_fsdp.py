@@ -27,9 +27,9 @@ RULES = {name: UPDATES[name] for name in ("aurora", "normuon_lite", "adamw")} | 
     "soap": "bimaxwell(ramp(0.85, 0.95, 0, 4), 0.85, ramp(0.95, 0.98, 1, 2)) | soap(0.9, 0.9) | trust_gate(0, 0.85) | "
             "schatten4_polar | aspect | brake(0.5) | row_floor(1.75) | step | pin | cautious_decay(0.5)",
     "anneal": "nesterov | soap | polar | anneal(at_least(power(1, 6, 4, 1.2), 0.3)) | step",
-    "others": "nesterov | riemannian_aurora | aurora_july | aurora_paper | aurora_wide | jordan_polar | normuon | "
-              "u_normuon | decay(0.5) | hyperball",
-    "raw_adam": "raw_adam | step"}
+    "others": "nesterov | riemannian_aurora | aurora_july | aurora_paper | aurora_wide | jordan_polar | cans_polar | "
+              "schatten4_contra | normuon | schatten4_normuon_lite | u_normuon | decay(0.5) | hyperball",
+    "raw_adam": "raw_adam | step", "eigen_adam": "eigen_adam(start=1, every=2) | step"}
 SAVED = {"soap": False, "normuon_lite": True}  # whether its state is saved flat, as torchtitan does
 # the ranks that have a matrix between them, and the rules that they try
 MESHES = {"4": [[0, 1, 2, 3]], "2 x 2": [[0, 1], [2, 3]], "3": [[0, 1, 2]]}

@@ -20,7 +20,7 @@ import train_gpt  # noqa: E402
 from harness.arguments import complain  # noqa: E402
 from harness.checkpoint import file_sha256, read_checkpoint, write_checkpoint  # noqa: E402
 from harness.shards import find_shards  # noqa: E402
-from harness.sweep import read_variations  # noqa: E402
+from sweep import read_variations  # noqa: E402
 
 EXAMPLES = settings(max_examples=500, derandomize=True, deadline=None, database=None,
                     suppress_health_check=list(HealthCheck))

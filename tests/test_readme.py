@@ -8,8 +8,8 @@ import subprocess
 import pytest
 from conftest import ROOT
 
+import sweep
 import train_gpt
-from harness import sweep
 from harness.arguments import parse
 from records.__main__ import parser
 from studies import parity
@@ -121,10 +121,10 @@ def test_run_sh_sweeps(tmp_path):
                              capture_output=True, env={"PATH": "/usr/bin:/bin"} | environment)
         assert run.returncode == code, run.stderr
         return (tmp_path / "calls").read_text().splitlines() or run.stderr
-    assert calls(GPUS="8") == ["-m harness.sweep --fineweb-shards lr.txt --seeds 2", "data/cached_fineweb10B.py 17",
-                               "-m harness.sweep --nproc_per_node=8 lr.txt --seeds 2"]
+    assert calls(GPUS="8") == ["-m sweep --fineweb-shards lr.txt --seeds 2", "data/cached_fineweb10B.py 17",
+                               "-m sweep --nproc_per_node=8 lr.txt --seeds 2"]
     assert calls(GPUS="0") == ["data/local.py --encoding bytes",
-                               "-m harness.sweep --nproc_per_node=1 @tiny lr.txt --seeds 2"]
+                               "-m sweep --nproc_per_node=1 @tiny lr.txt --seeds 2"]
     assert calls(1, GPUS="8", NNODES="2", NODE_RANK="0", MASTER_ADDR="a").startswith("run.sh: sweep is for one machine")
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, train
 
+import sweep as runner
 import train_gpt
-from harness import sweep as runner
 from records import sweep as desk
 from records.ledger import CRASHED, FAILED, FINISHED, Plan, Variation, read_ledger
 
@@ -78,7 +78,7 @@ for step in range(first, 21, 10):
 # The sweep as a process, which can be killed: of the plan that stands first in the ledger
 DRIVER = """
 import sys
-from harness.sweep import sweep
+from sweep import sweep
 from records.ledger import read_ledger
 plan = read_ledger("v.txt.jsonl").plans[0]
 sys.exit(sweep(plan, "v.txt.jsonl", [sys.executable, "-S", "stand_in.py"], 10))

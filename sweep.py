@@ -42,8 +42,8 @@ from records import sweep as desk
 from records.ledger import CRASHED, FAILED, FINISHED, Ledger, Plan, Run, Start, Variation, read_ledger
 from records.log import Trial, read
 
-ROOT = Path(__file__).resolve().parent.parent
-EXAMINE = "import train_gpt; from harness.sweep import examine; examine(train_gpt)"
+ROOT = Path(__file__).resolve().parent
+EXAMINE = "import train_gpt; from sweep import examine; examine(train_gpt)"
 TRAIN = "import sys; from harness.torchrun import launch; launch(sys.argv[1:])"  # without a verdict on each run
 LIBC = ctypes.CDLL(None)
 SEEDS = 4  # where the ledger has none
