@@ -489,6 +489,9 @@ def main(words: list[str]) -> int:
         plan = plan_of(options, answer, ledger.plans)
     except (OSError, ValueError) as error:
         complain(error)
+    if ledger.runs and not {v.source_sha256 for v in plan.variations} & {run.source_sha256 for run in ledger.runs}:
+        print(f"sweep: warning: {path} has no run of these programs: the words after {options.file} were others, or "
+              "the code was", file=sys.stderr)
     left = to_come(plan, path)
     print(f"{count(len(plan.variations), 'variation')} x {count(len(plan.starts), 'start')}, "
           f"{count(len(left), 'run')} to come; ledger {path}")

@@ -339,6 +339,20 @@ def test_starts_of_a_plan():
     assert starts("--seeds", "2", "--seed", "7", before=old) == [0, 1, 7, 8]
 
 
+def test_words_for_all_that_are_forgotten(place, monkeypatch, capsys):
+    """Kills: a second command without the first one's words after the file, which begins other runs without a word; a
+    word where only a variation has come to it."""
+    plan = planned({"first": "loss:2", "other": "loss:1"}, 1)
+    (place / "v.txt").write_text("first: a=1\nother: a=2\n")
+    assert sweep(replace(plan, variations=plan.variations[:1]))[0] == 0
+    monkeypatch.setattr(runner.subprocess, "call", lambda *_, **__: 0)  # the doctor
+    for variations, warnings in ((plan.variations, 0), (plan.variations[1:], 1)):
+        capsys.readouterr()
+        monkeypatch.setattr(runner, "ask", lambda *_: dict(variations=[vars(v) for v in variations], forks=[]))
+        assert runner.main(["v.txt", "--dry-run"]) == 0
+        assert capsys.readouterr().err.count("v.txt.jsonl has no run of these programs") == warnings
+
+
 @pytest.mark.parametrize("words, says", [
     ([], "the following arguments are required"), (["@tiny"], "no file of variations"),
     (["a", "b", "x=1"], "2 files of variations (a b): give one"), (["a", "--seeds", "0"], "--seeds is at least 1"),
