@@ -14,7 +14,7 @@ from harness.arguments import parse
 from records.__main__ import parser
 from studies import parity
 
-READMES = [ROOT / folder / "README.md" for folder in (".", "records", "bench", "studies")]
+READMES = [ROOT / folder / "README.md" for folder in (".", "harness", "records", "trained", "bench", "studies")]
 
 
 def commands(start: str) -> list[list[str]]:
