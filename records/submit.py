@@ -20,7 +20,7 @@ from records.log import Log, Trial, drop_repeats, load, read
 from records.plot import plot_apart
 from records.program import UPSTREAM_TARGET, parse, recipe, stages
 from records.published import Result
-from records.recipes import RECORDS, read_recipe, recipes, values
+from records.recipes import RECORDS, nearest, read_recipe, recipes, values
 from records.sample import Sample, from_logs, from_published, mixture, progress, usable
 from records.statistics import SCHEDULE_RATE, THRESHOLD, Claim, Moments, Pairwise, judge, pairwise
 
@@ -55,7 +55,8 @@ def submit(names: list[str], name: str, place: str, base: str | None, against: i
         raise ValueError(f"{why}: a submission is of one program")
     known = ledger_runs(ledgers, named)
     logs = [*named, *same_program(named, [run.log for _, run in known])]
-    drop_repeats(logs)
+    for line in drop_repeats(logs):
+        print(line, file=sys.stderr)
     why = reasons(logs, {trial.device for log in named for trial in log.trials}, tuning)
     sample = from_logs(name, without(logs, why), ("devices",) if hardware else ())
     if sample.mixture:
@@ -300,21 +301,15 @@ def stage_functions(source: bytes) -> dict[str, str]:
 
 
 def difference(log: Log, base: str | None) -> str:
-    """What the program has unlike its base: by default the recipe of this project that differs in the fewest knobs."""
+    """What the program has unlike its base: by default the nearest recipe of this project."""
     if base is None and "matrix_update" not in values(log.source):
         return f"## Against its base\n\n{BLANK} (`--base LOG` of `python -m records submit` writes the difference)"
-    bases = [base] if base else [str(RECORDS / name) for name in recipes()]
-    found = min((diff.diff(each, log.path) for each in bases), key=distance)
+    found = diff.diff(base or str(RECORDS / nearest(values(log.source))[0]), log.path)
     name = Path(found["a"]).name
     shown = fenced(diff.text(found | {"a": name, "b": "this program"}))
     if shown.count("\n") > 60:
         shown = f"<details>\n<summary>the difference, line by line</summary>\n\n{shown}\n\n</details>"
     return f"## Against {name}\n\n{shown}"
-
-
-def distance(found: dict) -> int:
-    """The number of constants, and of stages of update rules, that differ."""
-    return len(found["constants"]) + sum(a != b for rule in found["rules"] for a, b in rule["stages"])
 
 
 def list_left_out(sample: Sample, runs: list[LeftOut]) -> str:

@@ -181,13 +181,15 @@ def test_whole_or_not_at_all(tmp_path, capsys, drawn, monkeypatch):
 
 def test_repeated_seeds_and_several_devices(tmp_path, capsys, drawn):
     """Kills: two runs of one seed counted as two; the better one chosen; a run that nobody named taken from another
-    kind of GPU; mixed hardware that README is silent on."""
+    kind of GPU; mixed hardware that README is silent on; a copy that is left out without a word."""
     logs = attempt(tmp_path / "logs")
+    write(tmp_path / "logs" / "their-copy.txt", "seed: 1\n", CURVES[1], source=PROGRAM)
     write(tmp_path / "logs" / "run-0-again.txt", "seed: 3\n", CURVES[12], source=PROGRAM)  # sorts before run-3
     other = attempt(tmp_path / "a40", [7], machine="A40")[0]
     Path(other).rename(beside := tmp_path / "logs" / "run-7.txt")
     (place := tmp_path / "results").mkdir()
-    _, _, _, folder = submit(capsys, place, logs[0])
+    _, _, err, folder = submit(capsys, place, logs[0])
+    assert re.search(r"^dropped: .*their-copy.txt repeats .*run-1.txt$", err, re.MULTILINE)
     readme = (folder / "README.md").read_text()
     step = int(re.search(r"Step (\d+)", readme)[1])
     assert f"| run-3.txt | 3 | {CURVES[3][step]:.5f} | its seed has counted, in run-0-again.txt |" in readme
