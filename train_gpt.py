@@ -51,6 +51,9 @@ from rules import Rule, UpToOne, parse_expression, power, ramp, read_schedule
 #           Hyperparameters            #
 ########################################
 
+UPDATES = "matrix_update", "mlp_update", "adam_update", "head_update", "vector_update"  # the rules among the fields
+
+
 @dataclass(frozen=True)
 class Hyperparameters:
     """The defaults are result #17. A run writes the values that it used into the source at the head of its log."""
@@ -112,8 +115,7 @@ class Hyperparameters:
                               ("embed_dtype", ("bfloat16", "float32"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: it is one of {', '.join(choices)}")
-        for name in ("matrix_schedule", "adam_schedule", "matrix_update", "mlp_update", "adam_update", "head_update",
-                     "vector_update"):
+        for name in ("matrix_schedule", "adam_schedule", *UPDATES):
             try:
                 if name.endswith("_schedule"):
                     schedule_of_rates(getattr(self, name))
@@ -140,15 +142,14 @@ class Hyperparameters:
         return min(self.train_steps, self.stop_step)
 
     def rule(self, name: str) -> Rule:
-        """The whole of matrix_update, mlp_update, adam_update, head_update or vector_update."""
+        """The whole of one of UPDATES."""
         others = {"mlp_update": self.matrix_update, "head_update": self.adam_update, "vector_update": self.adam_update}
         text = getattr(self, name) or others.get(name, "")
         return Rule.of(" | ".join(filter(None, [text, self.final_update])))
 
     @property
     def rules(self) -> dict[str, Rule]:
-        return {name: self.rule(name) for name in ("matrix_update", "mlp_update", "adam_update", "head_update",
-                                                   "vector_update")}
+        return {name: self.rule(name) for name in UPDATES}
 
     @property
     def metrics(self) -> list[str]:

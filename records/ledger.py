@@ -75,6 +75,15 @@ class Ledger(NamedTuple):
         return [line for line in self.lines if isinstance(line, Run)]
 
 
+def is_ledger(path: Path) -> bool:
+    """Whether a file begins with a plan, as `sweep.append` writes it."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(14) == b'{"line": "plan'
+    except OSError:
+        return False
+
+
 def read_ledger(path: Path | str) -> Ledger:
     """ValueError names the file and the line that is none of a ledger. A last line without its end, which a machine
     that lost its power leaves, is a warning."""

@@ -29,6 +29,7 @@ def plot(sets: list[Sample], background: list[Sample], path: str) -> None:
         draw(axes, sets, background, sets[0].target)
     frame_whole(whole, sets, sets[0].target)
     frame_zoom(zoom, sets, sets[0].target)
+    describe(whole, sets[0])
     save(figure, path)
 
 
@@ -40,8 +41,7 @@ def plot_apart(sets: list[Sample], background: list[Sample], folder: Path) -> No
         axes = figure.subplots()
         draw(axes, sets, background, sets[0].target)
         frame(axes, sets, sets[0].target)
-        axes.set_ylabel(loss_label(sets[0]))
-        legend(axes)
+        describe(axes, sets[0])
         save(figure, folder / f"{name}.png")
 
 
@@ -86,11 +86,9 @@ def label(sample: Sample) -> str:
     return f"{name}, n={sample.n}" + (f", passes at {claimed}" if claimed is not None else "")
 
 
-def loss_label(sample: Sample) -> str:
-    return f"{sample.metric}, nats a token" if sample.target == UPSTREAM_TARGET else sample.metric
-
-
-def legend(axes: Axes) -> None:
+def describe(axes: Axes, sample: Sample) -> None:
+    """Which loss it is, and whose the curves are."""
+    axes.set_ylabel(f"{sample.metric}, nats a token" if sample.target == UPSTREAM_TARGET else sample.metric)
     axes.legend(fontsize=8, framealpha=1, edgecolor="white", loc="upper right")
 
 
@@ -101,9 +99,7 @@ def frame_whole(axes: Axes, sets: list[Sample], target: float) -> None:
     low = min(min(late), target)
     axes.set_xlim(0, 1.01 * last)
     axes.set_ylim(low - 0.03 * (max(late) - low), max(late))
-    axes.set_ylabel(loss_label(sets[0]))
     axes.set_title("mean bold, runs faint, spread of published results grey", fontsize=9)
-    legend(axes)
 
 
 def frame_zoom(axes: Axes, sets: list[Sample], target: float) -> None:

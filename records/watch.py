@@ -136,15 +136,7 @@ def ledgers(names: list[str]) -> list[Path]:
     """The ledgers of sweeps among `names`, in the folders among them, and here."""
     places = [Path("."), *map(Path, names)]
     files = [file for place in places for file in (sorted(place.glob("*.jsonl")) if place.is_dir() else [place])]
-    return [file for file in dict.fromkeys(files) if file.suffix == ".jsonl" and begins_a_ledger(file)]
-
-
-def begins_a_ledger(path: Path) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return file.read(14) == b'{"line": "plan'
-    except OSError:
-        return False
+    return [file for file in dict.fromkeys(files) if file.suffix == ".jsonl" and ledger.is_ledger(file)]
 
 
 def table(path: Path) -> dict[str, str]:
@@ -165,7 +157,7 @@ def run(log: Log, own: dict, sets: list[dict], now: float) -> dict | None:
     if trial is None or trial.complete or trial.fault:
         return None
     sidecar = Path(log.path).with_suffix(".jsonl")
-    marks = [(at["step"], at["train_time"]) for at in records(sidecar) if at.get("seed") == trial.seed]
+    marks = [(at["step"], at["train_time"]) for at in last_records(sidecar) if at.get("seed") == trial.seed]
     marks = marks or [(trial.last_step, trial.train_time or 0.0)]
     (before, since), (step, seconds) = marks[max(0, len(marks) - 17)], marks[-1]  # of 128 records a run
     pace = max(0.0, (seconds - since) / (step - before) if step > before else seconds / step) if step else None
@@ -180,7 +172,7 @@ def run(log: Log, own: dict, sets: list[dict], now: float) -> dict | None:
             "state": f"silent for {silence / 60:.0f} min" if silent else "running"}
 
 
-def records(sidecar: Path) -> list[dict]:
+def last_records(sidecar: Path) -> list[dict]:
     """The last whole records of a sidecar that name step and time."""
     try:
         with open(sidecar, "rb") as file:

@@ -15,8 +15,8 @@ from functools import partial
 
 import train_gpt
 from studies import parse, publish
-from studies.leave_one_out import differences, draw
-from studies.training import SMALL, shards_of, sweep, training
+from studies.leave_one_out import draw, end_of, in_pairs
+from studies.training import SMALL, shards_of
 
 ATTEMPTS = {  # and what each changes
     "attempt_auxiliary_rates": "339_bimaxwell",
@@ -51,8 +51,7 @@ def shortened(name: str) -> list[str]:
 
 def run(words: list[str], name: str, rate: float, seed: int) -> list[dict]:
     hp = train_gpt.override([*SMALL, *shortened(name), *SIZE, *words, f"matrix_lr={rate}"])
-    *_, (step, loss, _) = training(hp, seed)
-    return [dict(recipe=name, seed=seed, step=step, val_loss=loss)]
+    return end_of(hp, seed, recipe=name)
 
 
 def paragraph(lines: list[dict], hp: train_gpt.Hyperparameters) -> str:
@@ -75,10 +74,9 @@ def main(words: list[str]):
     words, seeds = [*QUICK * args.quick, *args.overrides], 2 if args.quick else 12
     hp = train_gpt.override([*SMALL, *shortened(next(iter(CLAIMED))), *SIZE, *words])
     shards_of(hp)
-    done = sweep(partial(run, words), [(name,) for name in (*CLAIMED, *ATTEMPTS)], [hp.matrix_lr], seeds)
-    rows = [row for rows in done.values() for row in rows]
+    rows, found = in_pairs(partial(run, words), ATTEMPTS, hp.matrix_lr, seeds)
     lines = [{"recipe": line["recipe"], "changes": ATTEMPTS[line["recipe"]], **line}
-             for line in sorted(differences(rows, ATTEMPTS), key=lambda line: line["loss more by"])]
+             for line in sorted(found, key=lambda line: line["loss more by"])]
     publish("attempts", args, rows, draw(lines, "the recipe that it changes"), paragraph(lines, hp), lines)
 
 

@@ -8,6 +8,7 @@ NAME=VALUE overrides train_gpt.py's.
 """
 
 import sys
+from collections.abc import Callable
 from functools import partial
 
 from matplotlib.figure import Figure
@@ -56,9 +57,21 @@ PARTS = {  # what is left out, and what then stands in its place
 
 
 def run(words: list[str], part: str, rate: float, seed: int) -> list[dict]:
-    hp = train_gpt.override([*PARTS[part], *words, f"matrix_lr={rate}"])
+    return end_of(train_gpt.override([*PARTS[part], *words, f"matrix_lr={rate}"]), seed, without=part)
+
+
+def end_of(hp: train_gpt.Hyperparameters, seed: int, **kind: str) -> list[dict]:
+    """The one row of a run, its kind in the first column."""
     *_, (step, loss, _) = training(hp, seed)
-    return [dict(without=part, seed=seed, step=step, val_loss=loss)]
+    return [kind | dict(seed=seed, step=step, val_loss=loss)]
+
+
+def in_pairs(run: Callable, against: dict[str, str], rate: float, seeds: int) -> tuple[list[dict], list[dict]]:
+    """Every run of these kinds and of those that they are held against, as rows, and the `differences`."""
+    kinds = dict.fromkeys((*against.values(), *against))
+    done = sweep(run, [(kind,) for kind in kinds], [rate], seeds)
+    rows = [row for rows in done.values() for row in rows]
+    return rows, differences(rows, against)
 
 
 def differences(rows: list[dict], against: dict[str, str]) -> list[dict]:
@@ -105,9 +118,8 @@ def main(words: list[str]):
     words, seeds = [*SMALL, *SIZE, *QUICK * args.quick, *args.overrides], 2 if args.quick else 8
     hp = train_gpt.override(words)
     shards_of(hp)
-    done = sweep(partial(run, words), [(part,) for part in PARTS], [hp.matrix_lr], seeds)
-    rows = [row for rows in done.values() for row in rows]
-    lines = differences(rows, {part: WHOLE for part in PARTS if part != WHOLE})
+    against = {part: WHOLE for part in PARTS if part != WHOLE}
+    rows, lines = in_pairs(partial(run, words), against, hp.matrix_lr, seeds)
     publish("leave_one_out", args, rows, draw(lines, "all of them"), paragraph(lines, hp), lines)
 
 

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -169,3 +170,12 @@ def start(words: list[str], folder: Path, script: Path = ROOT / "train_gpt.py", 
     # on the CPU also where there is a GPU: the same bits are asked for, and more processes than it may have GPUs
     return subprocess.run([sys.executable, *launcher, str(script), *words], cwd=folder, text=True, capture_output=True,
                           env=clean | {"CUDA_VISIBLE_DEVICES": ""} | environment, timeout=120)
+
+
+def wait_for(what):
+    """Another process to get so far, for a minute at most."""
+    for _ in range(3000):
+        if what():
+            return
+        time.sleep(0.02)
+    raise AssertionError

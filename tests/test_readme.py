@@ -75,21 +75,26 @@ def test_quoted_figures_are_those_of_the_results():
     assert found > 20
 
 
+def stub_python(folder, answers: str, noted: str):
+    """run.sh in a folder where a stub stands for Python: it says what the cases in `answers` have, and notes its words
+    in the file `calls`."""
+    (folder / "run.sh").write_text((ROOT / "run.sh").read_text())
+    (folder / "requirements.txt").write_text("pins\n")
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "requirements.txt").write_text("pins\n")
+    for name in ("pip", "python"):
+        stub = folder / ".venv" / "bin" / name
+        stub.write_text(f'#!/bin/sh\ncase "$*" in {answers} esac\necho "{noted}" >> calls\n')
+        stub.chmod(0o755)
+
+
 def test_run_sh_with_gpus(tmp_path):
     """Kills: a start without data or without the checks, on another number of processes than there are GPUs, with
     the tiny recipe, with arguments lost on the way, or as a part of what another job has left in the environment; a
     launcher whose path is that of another clone. A stub stands for Python."""
-    (tmp_path / "run.sh").write_text((ROOT / "run.sh").read_text())
-    (tmp_path / "requirements.txt").write_text("pins\n")
-    for name in (".venv/bin/pip", ".venv/bin/python"):
-        stub = tmp_path / name
-        stub.parent.mkdir(parents=True, exist_ok=True)
-        stub.write_text('#!/bin/sh\ncase "$*" in *find_gpus*|*device_count*) echo 8; exit;; esac\n'
-                        'case "$*" in *--fineweb-shards*) echo data/cached_fineweb100B.py 17;; *doctor*) echo well;; '
-                        '*torchrun*) echo step;; esac\n'
-                        f'echo "{stub.name} $* WORLD_SIZE=$WORLD_SIZE$RANK" >> calls\n')
-        stub.chmod(0o755)
-    (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")
+    stub_python(tmp_path, "*find_gpus*|*device_count*) echo 8; exit;; *doctor*) echo well;; *torchrun*) echo step;; "
+                          "*--fineweb-shards*) echo data/cached_fineweb100B.py 17;;",
+                noted="${0##*/} $* WORLD_SIZE=$WORLD_SIZE$RANK")
     with open(tmp_path / "said", "w") as said:
         subprocess.run(["bash", "run.sh", "matrix_lr=0.9", "--seed", "3"], cwd=tmp_path, check=True, stdout=said,
                        env={"PATH": "/usr/bin:/bin", "WORLD_SIZE": "3", "RANK": "2"})
@@ -104,16 +109,8 @@ def test_run_sh_with_gpus(tmp_path):
 def test_run_sh_sweeps(tmp_path):
     """Kills: a sweep without data, or on fewer processes than there are GPUs; a doctor that is asked about the file of
     variations; a sweep that each of several machines makes; a @tiny that is lost where there is no GPU."""
-    (tmp_path / "run.sh").write_text((ROOT / "run.sh").read_text())
-    (tmp_path / "requirements.txt").write_text("pins\n")
-    for name in (".venv/bin/pip", ".venv/bin/python"):
-        stub = tmp_path / name
-        stub.parent.mkdir(parents=True, exist_ok=True)
-        stub.write_text('#!/bin/sh\ncase "$*" in *find_gpus*|*device_count*) echo $GPUS; exit;; esac\n'
-                        'case "$*" in *--fineweb-shards*) echo data/cached_fineweb10B.py 17;; esac\n'
-                        'echo "$*" >> calls\n')
-        stub.chmod(0o755)
-    (tmp_path / ".venv" / "requirements.txt").write_text("pins\n")
+    stub_python(tmp_path, "*find_gpus*|*device_count*) echo $GPUS; exit;; "
+                          "*--fineweb-shards*) echo data/cached_fineweb10B.py 17;;", noted="$*")
 
     def calls(code=0, **environment):
         (tmp_path / "calls").write_text("")

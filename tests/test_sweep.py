@@ -16,12 +16,11 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, train
+from conftest import ROOT, train, wait_for
 
 import sweep as runner
 import train_gpt
@@ -116,14 +115,6 @@ def sweep(plan: Plan) -> tuple[int, dict]:
 def driver(**streams) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", DRIVER], env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
                             **dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | streams)
-
-
-def wait_for(what):
-    for _ in range(3000):
-        if what():
-            return
-        time.sleep(0.02)
-    raise AssertionError
 
 
 def ends() -> list[tuple]:

@@ -4,10 +4,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, wait_for
 
 from harness.checkpoint import read_checkpoint
 from harness.torchrun import ended, judge
@@ -42,14 +41,6 @@ def launch(folder, script, processes=2, before=(), words=(), **environment):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("TORCH", "RANK", "WORLD", "LOCAL_", "MASTER"))}
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=clean | {"PYTHONPATH": str(ROOT)} | environment)
-
-
-def wait_for(what):
-    for _ in range(600):
-        if what():
-            return
-        time.sleep(0.1)
-    raise AssertionError
 
 
 def got(folder) -> list[str]:
